@@ -1,0 +1,41 @@
+# Two commands: `make serve` answers requests with a real model, `make test` passes. Both do all the set-up.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+NATIVE := $(wildcard tokenrelay/model/transformer/kernels/native/*)
+
+.PHONY: serve test test-long lint types bench bench-kernels clean
+
+serve: $(VENV)/.installed ## start everything on this machine; SERVE="--port 9000" passes options
+	$(BIN)/tokenrelay serve $(SERVE)
+
+test: lint types ## lint, types and the default suite
+	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.installed-dev ## chaos and fuzz runs of many minutes
+	$(BIN)/python -m pytest -m long
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+bench-kernels: $(VENV)/.installed ## speed of each kernel and its share of the machine's limit
+	$(BIN)/python benchmarks/kernels.py
+
+bench: $(VENV)/.installed-dev ## throughput and latencies of a running server: BENCH="http://127.0.0.1:8000 --clients 16"
+	$(BIN)/python benchmarks/serving.py $(BENCH)
+
+$(VENV)/.installed: pyproject.toml setup.py $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

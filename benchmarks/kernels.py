@@ -1,0 +1,118 @@
+"""What the CPU kernels reach, beside what this machine allows: ``python benchmarks/kernels.py``.
+
+The limits are measured in the same run: read bandwidth by summing a large array, fp32 peak by one large matrix product of
+torch. Shapes are SmolLM2-135M's. Weights are cycled through more memory than the caches hold, as in a real step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from tokenrelay.model.transformer import kernels
+from tokenrelay.model.transformer.kernels import native
+from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear
+
+LINEARS = {"qkv": (576, 960), "out": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
+ROWS = (1, 4, 6, 16, 32, 64, 512)
+COLD_BYTES = 200e6  # weights touched in one round: well above the last-level cache
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
+
+
+def seconds(call: Callable[[], object], at_least: float = 0.15) -> float:
+    """Best of three means."""
+    call()
+    best = float("inf")
+    for _ in range(3):
+        count, begin = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - begin) < at_least / 3 or count == 0:
+            call()
+            count += 1
+        best = min(best, elapsed / count if count else elapsed)
+    return best
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of reading a large array."""
+    array = torch.ones(64 * 1024 * 1024)
+    return array.numel() * 4 / seconds(array.sum)
+
+
+def peak_operations() -> float:
+    """fp32 operations per second of torch's (MKL's) product of two matrices."""
+    a = torch.randn(1024, 1024)
+    return 2 * 1024**3 / seconds(lambda: a @ a)
+
+
+def report(operation: str, size: str, elapsed: float, bytes_read: float, operations: float, limits: tuple[float, float]) -> None:
+    share = max(bytes_read / limits[0], operations / limits[1]) / elapsed
+    print(
+        f"{operation:12} {size:26} {elapsed * 1e6:10.1f} us {bytes_read / elapsed / 1e9:8.1f} GB/s"
+        f" {operations / elapsed / 1e9:8.1f} Gop/s {share:7.0%}"
+    )
+
+
+def benchmark_linears(limits: tuple[float, float]) -> None:
+    for name, (in_features, out_features) in LINEARS.items():
+        weight_bytes = in_features * out_features * 2
+        weight = torch.randn(out_features, in_features, dtype=torch.bfloat16)
+        layers = [PackedLinear(weight) for _ in range(int(COLD_BYTES // weight_bytes) + 1)]
+        for rows in ROWS:
+            x = torch.randn(rows, in_features)
+            elapsed = seconds(lambda x=x, layers=layers: [layer(x) for layer in layers]) / len(layers)
+            operations = 2 * rows * in_features * out_features
+            report(name, f"{rows} x {in_features} -> {out_features}", elapsed, weight_bytes, operations, limits)
+
+
+def benchmark_attention(limits: tuple[float, float]) -> None:
+    for requests, query, context in ((1, 1, 512), (1, 1, 4096), (16, 1, 512), (64, 1, 512), (1, 512, 512), (1, 512, 2048)):
+        blocks = context // BLOCK
+        layers = 30
+        shapes = kernels.kv_cache_shapes(torch.device("cpu"), requests * blocks, BLOCK, KV_HEADS, HEAD_DIM)
+        caches = [[torch.randn(shape).bfloat16() for shape in shapes] for _ in range(layers)]
+        tables = torch.randperm(requests * blocks).view(requests, blocks).int()
+        starts = torch.arange(requests + 1).int() * query
+        lengths = torch.full((requests,), context).int()
+        q = torch.randn(requests * query, HEADS, HEAD_DIM)
+
+        def run(q: torch.Tensor = q, caches: list[list[torch.Tensor]] = caches, index: tuple[torch.Tensor, ...] = (tables, starts, lengths)) -> None:
+            for k_cache, v_cache in caches:
+                kernels.paged_attention(q, k_cache, v_cache, *index, HEAD_DIM**-0.5)
+
+        keys = query * (2 * context - query + 1) // 2  # (query, key) pairs that see each other
+        cache_bytes = requests * context * KV_HEADS * HEAD_DIM * 2 * 2
+        operations = requests * keys * HEADS * HEAD_DIM * 4
+        report("attention", f"{requests} x {query} of {context}", seconds(run) / layers, cache_bytes, operations, limits)
+
+
+def benchmark_rows(limits: tuple[float, float]) -> None:
+    for rows in (1, 16, 512):
+        x, residual, weight = torch.randn(rows, 576), torch.randn(rows, 576), torch.ones(576)
+        gate_up, qkv = torch.randn(rows, 3072), torch.randn(rows, 960)
+        shapes = kernels.kv_cache_shapes(torch.device("cpu"), rows, BLOCK, KV_HEADS, HEAD_DIM)
+        caches = [torch.zeros(shape).bfloat16() for shape in shapes]
+        index, table = torch.arange(rows), torch.randn(rows, HEAD_DIM)
+        calls: dict[str, tuple[Callable[[], object], int]] = {
+            "add_rms_norm": (lambda a=(x, residual, weight): kernels.add_rms_norm(*a, 1e-5), rows * 576 * 8),
+            "silu, gated": (lambda x=gate_up: kernels.gated_activation(x, "silu"), rows * 3072 * 4),
+            "rotate+cache": (lambda a=(qkv, index, table, *caches, index): kernels.rotate_and_cache(*a, HEADS, KV_HEADS), rows * 960 * 4),
+        }
+        for name, (call, bytes_read) in calls.items():
+            report(name, f"{rows} rows", seconds(call), bytes_read, 0, limits)
+
+
+def main() -> None:
+    torch.set_num_threads(native.num_threads())
+    limits = read_bandwidth(), peak_operations()
+    print(f"instruction set {native.isa()}, {native.num_threads()} threads; {native.why_unavailable()}")
+    print(f"limits: read {limits[0] / 1e9:.1f} GB/s, fp32 product {limits[1] / 1e9:.0f} Gop/s")
+    with torch.inference_mode():
+        benchmark_linears(limits)
+        benchmark_attention(limits)
+        benchmark_rows(limits)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""``python -m tokenrelay``."""
+
+from tokenrelay.service.cli import main
+
+main()

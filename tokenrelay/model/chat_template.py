@@ -1,0 +1,174 @@
+"""A model's chat template: messages in, prompt text out, and which stretches of it came from whom.
+
+Templates come with models, so they run in jinja2's immutable sandbox, with the same names and filters that
+transformers gives them. Knows no tokenizer: ``Markers`` only keeps special tokens' spellings in messages apart from
+those that the template writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning, so a text that holds one can do with another
+_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+class ChatTemplateError(ValueError):
+    """The messages do not fit the model's chat template (the message is the template's own), or it has none."""
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks what to train on; here its body is simply rendered."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class ChatTemplate:
+    """``special_tokens`` are the names templates may use, such as ``bos_token``, with their spellings."""
+
+    def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
+        self._special_tokens = dict(special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt's text. ``template_kwargs`` are further names of the template, such as ``enable_thinking``.
+
+        Raises:
+            ChatTemplateError: no template, one that refuses the messages, or a reserved name in ``template_kwargs``.
+        """
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        extra = dict(template_kwargs or {})
+        if reserved := sorted(extra.keys() & (given.keys() | self._special_tokens.keys() | _GLOBALS.keys())):
+            raise ChatTemplateError(f"template arguments may not be called {', '.join(reserved)}")
+        template = self._compiled
+        try:
+            return template.render(self._special_tokens | extra | given)
+        except _TEMPLATE_FAULTS as error:
+            raise ChatTemplateError(f"the model's chat template refused the messages: {error}") from error
+
+    @cached_property
+    def _compiled(self) -> Template:
+        if self.source is None:
+            raise ChatTemplateError("this model has no chat template: send a prompt to completions, or use an instruct model")
+        try:
+            return _environment().from_string(self.source)
+        except TemplateError as error:
+            raise ChatTemplateError(f"the model's chat template cannot be compiled: {error}") from error
+
+
+class Markers:
+    """Breaks special tokens' spellings in messages with a character that no message holds.
+
+    A spelling is broken inside a string, and across strings that a template might join: where one ends with the
+    beginning of a spelling, or begins with the end of one. Lengths and surrounding white space aside, templates see
+    the text they expect. A special token of a single character cannot be broken, and is left.
+    """
+
+    def __init__(self, special_tokens: Iterable[str]) -> None:
+        spellings = {spelling for spelling in special_tokens if len(spelling) > 1}
+        rests = defaultdict(list)
+        for spelling in spellings:
+            rests[spelling[0]].append(re.escape(spelling[1:]))
+        self._inside = re.compile("|".join(f"{re.escape(c)}(?={'|'.join(r)})" for c, r in rests.items()) or "(?!)")
+        self._beginnings = {s[:n] for s in spellings for n in range(1, len(s)) if not s[0].isalnum()}
+        self._ends = {s[n:] for s in spellings for n in range(1, len(s)) if not s[-1].isalnum()}
+        self._lengths = range(1, max(map(len, spellings), default=0))
+
+    def choose(self, values: Any, template: str) -> str | None:
+        """A marker for ``values``, or None if nothing in them needs one; ChatTemplateError if they leave none free."""
+        texts = list(_strings(values))
+        if not any(self._cuts(text) for text in texts):
+            return None
+        used = set(template).union(*texts)
+        for code in _PRIVATE_USE:
+            if chr(code) not in used:
+                return chr(code)
+        raise ChatTemplateError("the messages use every private-use character of Unicode")
+
+    def mark(self, value: Any, marker: str) -> Any:
+        """A copy of ``value`` (strings in lists and mappings, keys too) with the spellings broken."""
+        if isinstance(value, str):
+            return self._marked(value, marker)
+        if isinstance(value, Mapping):
+            return {self.mark(key, marker): self.mark(item, marker) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.mark(item, marker) for item in value]
+        return value
+
+    def _marked(self, text: str, marker: str) -> str:
+        bounds = [0, *self._cuts(text), len(text)]
+        return marker.join(text[start:end] for start, end in pairwise(bounds))
+
+    def _cuts(self, text: str) -> list[int]:
+        """Where to insert the marker: after the first character of a spelling, or before the end of one."""
+        first, body = len(text) - len(text.lstrip()), text.strip()  # templates trim: these are the edges they join
+        cuts = {match.end() for match in self._inside.finditer(text)}
+        cuts |= {first + len(body) - n + 1 for n in self._lengths if body[-n:] in self._beginnings}
+        cuts |= {first for n in self._lengths if body[:n] in self._ends}
+        return sorted(cuts)
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Not jinja2's own filter, which escapes for HTML; models were trained on plain JSON."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+_GLOBALS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(_GLOBALS)
+    return environment

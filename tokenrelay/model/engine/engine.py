@@ -1,0 +1,97 @@
+"""The only door of the engine: ``add``, ``abort``, ``step``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tokenrelay.model.config import EngineConfig, ModelConfig
+from tokenrelay.model.engine.model_runner import ModelRunner
+from tokenrelay.model.engine.request import Request
+from tokenrelay.model.engine.sampler import Sampler
+from tokenrelay.model.engine.scheduler import Scheduler, StepOutput
+from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_block
+from tokenrelay.model.transformer.loading import load_transformer
+from tokenrelay.model.weights.checkpoint import Checkpoint
+
+
+class Engine:
+    """Continuous batching of requests over one network. Not thread-safe: one thread owns it.
+
+    Tokens come out of ``step``; a request ends by itself (``StepOutput.finish_reason``) or by ``abort``.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, max_model_len: int) -> None:
+        self.scheduler = scheduler
+        self.max_model_len = max_model_len  # prompt and output of one request, in tokens
+        self.step_counter = 0
+        self._runner = runner
+        self._requests: dict[str, Request] = {}
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, config: EngineConfig, *, dtype: torch.dtype, device: torch.device
+    ) -> Engine:
+        """Load the network and allocate its KV cache. Raises the checkpoint's and the loader's ValueErrors."""
+        model_config = checkpoint.config()
+        num_blocks = config.num_blocks or config.kv_cache_bytes // bytes_per_block(
+            model_config, config.block_size, dtype
+        )
+        max_model_len = _max_model_len(model_config, config, num_blocks)
+        model = load_transformer(
+            model_config, checkpoint.tensors(dtype), max_model_len=max_model_len, dtype=dtype, device=device
+        )
+        kv_cache = allocate_kv_cache(model_config, num_blocks, config.block_size, dtype, device)
+        sampler = Sampler(model_config.eos_token_ids)
+        runner = ModelRunner(model, kv_cache, sampler, block_size=config.block_size, device=device)
+        return cls(Scheduler(config, num_blocks, max_model_len, model_config.eos_token_ids), runner, max_model_len)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request. One that another engine had begun brings its emitted ids along.
+
+        Raises:
+            ValueError: the id is known, or prompt and output so far fill the context.
+        """
+        if request.request_id in self._requests:
+            raise ValueError(f"request {request.request_id!r} is already here")
+        if request.num_tokens >= self.max_model_len:
+            raise ValueError(f"{request.num_tokens} tokens leave no room in a context of {self.max_model_len}")
+        self._requests[request.request_id] = request
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its blocks at once; unknown or finished ids are ignored."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self.scheduler.remove(request)
+
+    def step(self) -> list[StepOutput]:
+        """Compute one batch: at most one new token per running request."""
+        scheduled = self.scheduler.schedule()
+        sampled = self._runner.execute(scheduled)
+        outputs = self.scheduler.update(scheduled, sampled)
+        return self._forget_finished(outputs)
+
+    def _forget_finished(self, outputs: Sequence[StepOutput]) -> list[StepOutput]:
+        self.step_counter += 1
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._requests[output.request_id]
+        return list(outputs)
+
+    def request(self, request_id: str) -> Request | None:
+        return self._requests.get(request_id)
+
+
+def _max_model_len(model_config: ModelConfig, config: EngineConfig, num_blocks: int) -> int:
+    """The shortest of: what the network knows, what was asked for, what the cache holds."""
+    limits = [model_config.max_position_embeddings, num_blocks * config.block_size]
+    max_model_len = min([*limits, config.max_model_len] if config.max_model_len else limits)
+    if max_model_len < 2:
+        raise ValueError("the KV cache's memory budget holds not even one block; raise kv_cache_mb")
+    return max_model_len

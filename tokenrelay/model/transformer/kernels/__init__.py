@@ -1,0 +1,164 @@
+"""The operations of a decoder layer: one interface each, one implementation per device.
+
+T = tokens in the step, H = query heads, KV = key/value heads, D = head size, B = requests, M = most blocks of a request.
+Activations are fp32 on the CPU (weights and cache bf16 or fp32) and of the model's dtype on CUDA.
+
+| operation           | from                                                        | to                          |
+|---------------------|-------------------------------------------------------------|-----------------------------|
+| linear              | x[T, K], W[N, K] or panels[ceil(N/16), K, 16], bias[N]      | [T, N]                      |
+| rms_norm            | x[T, C], weight[C]                                          | [T, C]                      |
+| add_rms_norm        | the same and residual[T, C]                                 | residual += x, its norm     |
+| layer_norm          | x[T, C], weight[C], bias[C]                                 | [T, C]                      |
+| add_layer_norm      | the same and residual[T, C]                                 | residual += x, its norm     |
+| rotate_and_cache    | qkv[T, (H + 2 KV) D], positions[T], slots[T]                | q[T, H, D]; K, V to cache   |
+| paged_attention     | q[T, H, D], cache, block_tables[B, M]                       | [T, H D]                    |
+| activation          | x[T, I]                                                     | act(x)                      |
+| gated_activation    | x[T, 2 I]                                                   | act(x[:, :I]) * x[:, I:]    |
+
+Implementations are registered with torch's dispatcher, so the network names no device: CPU is ``native`` (``reference``
+where that was not built), CUDA is ``cuda``, and fake tensors get shapes alone. On the CPU every row is computed in one
+fixed order, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenrelay.model.transformer.kernels import cuda, native, reference
+
+_library = torch.library.Library("tokenrelay", "DEF")
+
+
+def _define(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Declare one operation with its implementations, and return its entry point."""
+    _library.define(name + schema)
+    _library.impl(name, getattr(native if native.is_available() else reference, name), "CPU")
+    _library.impl(name, getattr(cuda, name, None) or getattr(reference, name), "CUDA")
+    torch.library.register_fake(f"tokenrelay::{name}", fake, lib=_library)
+    entry: Callable[..., Any] = getattr(torch.ops.tokenrelay, name).default
+    return entry
+
+
+def _like_first(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+_linear = _define(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor",
+    lambda x, weight, bias, out_features: x.new_empty((x.shape[0], out_features)),
+)
+_rms_norm = _define("rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor", _like_first)
+_add_rms_norm = _define(
+    "add_rms_norm", "(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor", _like_first
+)
+_layer_norm = _define("layer_norm", "(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor", _like_first)
+_add_layer_norm = _define(
+    "add_layer_norm",
+    "(Tensor x, Tensor(a!) residual, Tensor weight, Tensor? bias, float eps) -> Tensor",
+    _like_first,
+)
+_rotate_and_cache = _define(
+    "rotate_and_cache",
+    "(Tensor qkv, Tensor positions, Tensor? cos_sin, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
+    " int num_heads, int num_kv_heads) -> Tensor",
+    lambda qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads: qkv.new_empty(
+        (qkv.shape[0], num_heads, qkv.shape[1] // (num_heads + 2 * num_kv_heads))
+    ),
+)
+_paged_attention = _define(
+    "paged_attention",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor query_start_loc, Tensor seq_lens,"
+    " float scale) -> Tensor",
+    lambda q, *_: q.new_empty((q.shape[0], q.shape[1] * q.shape[2])),
+)
+_activation = _define("activation", "(Tensor x, str kind) -> Tensor", _like_first)
+_gated_activation = _define(
+    "gated_activation", "(Tensor x, str kind) -> Tensor", lambda x, kind: x.new_empty((x.shape[0], x.shape[1] // 2))
+)
+
+
+def kv_cache_shapes(
+    device: torch.device, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of one layer's K and V cache; create them zeroed. ``block_size`` is a multiple of 16."""
+    layout = cuda if device.type == "cuda" else reference
+    return layout.kv_cache_shapes(num_blocks, block_size, num_kv_heads, head_dim)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """x [T, K], weight [N, K] or panels [ceil(N / 16), K, 16], bias [N] -> [T, N]."""
+    return _linear(x, weight, bias, out_features)  # type: ignore[no-any-return]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [T, C], weight [C] -> x / sqrt(mean(x^2) + eps) * weight."""
+    return _rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual [T, C] += x [T, C], in place; returns the norm of the sum."""
+    return _add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """x [T, C], weight [C], bias [C] -> (x - mean) / sqrt(variance + eps) * weight + bias."""
+    return _layer_norm(x, weight, bias, eps)  # type: ignore[no-any-return]
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """residual [T, C] += x [T, C], in place; returns the norm of the sum."""
+    return _add_layer_norm(x, residual, weight, bias, eps)  # type: ignore[no-any-return]
+
+
+def rotate_and_cache(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """Rotate Q and K to their positions, write K and V to the cache; a negative slot is not written.
+
+    qkv [T, (H + 2 KV) D], positions [T] int64, cos_sin [max position, D] fp32 (cosines then sines; None: no rotation),
+    slot_mapping [T] int64 (block * block_size + offset) -> q [T, H, D].
+    """
+    return _rotate_and_cache(  # type: ignore[no-any-return]
+        qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention over the paged cache; the last query of a request sees all its ``seq_lens`` keys.
+
+    q [T, H, D], block_tables [B, M], query_start_loc [B + 1], seq_lens [B] (with this step's tokens), all int32
+    -> [T, H D].
+    """
+    return _paged_attention(  # type: ignore[no-any-return]
+        q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale
+    )
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """x [T, I] -> act(x); kind: silu, gelu, gelu_tanh or relu."""
+    return _activation(x, kind)  # type: ignore[no-any-return]
+
+
+def gated_activation(x: Tensor, kind: str) -> Tensor:
+    """x [T, 2 I] -> act(x[:, :I]) * x[:, I:]."""
+    return _gated_activation(x, kind)  # type: ignore[no-any-return]

@@ -1,0 +1,67 @@
+"""The GPU's operations: torch's paged FlashAttention, its cache layout, and the torch reference for the rest.
+
+Checked under FakeTensorMode only: shapes, dtypes, devices and signatures, no values. Nothing here waits for the device.
+The cache is ``[blocks + 1, block_size, KV, D]`` for K and V alike; the spare last block takes what is written to
+negative slots (padding of a captured graph), so that no shape depends on data.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from tokenrelay.model.transformer.kernels import reference
+
+
+def kv_cache_shapes(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    shape = (num_blocks + 1, block_size, num_kv_heads, head_dim)
+    return shape, shape
+
+
+def rotate_and_cache(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    q, k, v = reference.split_and_rotate(qkv, positions, cos_sin, num_heads, num_kv_heads)
+    spare = k_cache.shape[0] * k_cache.shape[1] - 1
+    slots = torch.where(slot_mapping < 0, spare, slot_mapping)
+    k_cache.flatten(0, 1).index_copy_(0, slots, k.to(k_cache.dtype))
+    v_cache.flatten(0, 1).index_copy_(0, slots, v.to(v_cache.dtype))
+    return q
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    out = varlen_attn(
+        q,
+        k_cache,
+        v_cache,
+        query_start_loc,
+        None,
+        max_q=q.shape[0],  # upper bounds known without asking the device
+        max_k=block_tables.shape[1] * k_cache.shape[1],
+        scale=scale,
+        window_size=(-1, 0),  # causal, aligned to the last key
+        enable_gqa=True,
+        seqused_k=seq_lens,
+        block_table=block_tables,
+        num_splits=1,  # a split would depend on the longest request of the batch
+    )
+    assert isinstance(out, Tensor)  # a tuple only when auxiliary results are asked for
+    return out.flatten(1)

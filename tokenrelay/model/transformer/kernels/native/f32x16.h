@@ -1,0 +1,196 @@
+// f32x16: the one unit of arithmetic, a vector of 16 floats with the same bits on every instruction set.
+//
+// Batch invariance by construction: every output element is one fixed order of fp32 operations on this type, so it does
+// not depend on the number of rows, on tiling, on threads, or on whether 16 floats are one register, two, or an array.
+// Every fma is written out and the file is compiled with -ffp-contract=off. Include after choosing TR_AVX512 / TR_AVX2.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#if defined(TR_AVX2) || defined(TR_AVX512)
+#include <immintrin.h>
+#endif
+
+#define TR_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+using bf16 = uint16_t;
+
+TR_INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    return bits;
+}
+
+TR_INLINE float float_of(uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+}
+
+TR_INLINE float widen(float x) { return x; }
+TR_INLINE float widen(bf16 x) { return float_of(uint32_t(x) << 16); }
+TR_INLINE void narrow(float x, float* to) { *to = x; }
+TR_INLINE void narrow(float x, bf16* to) {  // round to nearest even, as torch does; a NaN stays one
+    uint32_t bits = bits_of(x);
+    *to = x != x ? 0x7fc0 : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+constexpr float EXP_MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+constexpr float EXP_MIN = -87.0f, EXP_MAX = 88.0f;
+
+#if defined(TR_AVX512)
+
+struct f32x16 { __m512 v; };
+TR_INLINE f32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+TR_INLINE f32x16 load(const bf16* p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+TR_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
+TR_INLINE f32x16 broadcast(float x) { return {_mm512_set1_ps(x)}; }
+TR_INLINE f32x16 add(f32x16 a, f32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+TR_INLINE f32x16 sub(f32x16 a, f32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+TR_INLINE f32x16 mul(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+TR_INLINE f32x16 div(f32x16 a, f32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+TR_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+TR_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+TR_INLINE f32x16 times_power_of_two(f32x16 a, f32x16 rounded) {
+    __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(rounded.v), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), exponent))};
+}
+TR_INLINE f32x16 zero_where_below(f32x16 a, f32x16 x, float limit) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), a.v)};
+}
+TR_INLINE __m256 low_half(f32x16 a) { return _mm512_castps512_ps256(a.v); }
+TR_INLINE __m256 high_half(f32x16 a) {
+    return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1));
+}
+
+#elif defined(TR_AVX2)
+
+struct f32x16 { __m256 lo, hi; };
+TR_INLINE f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+TR_INLINE __m256 load_half(const bf16* p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+TR_INLINE f32x16 load(const bf16* p) { return {load_half(p), load_half(p + 8)}; }
+TR_INLINE void store(float* p, f32x16 a) {
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + 8, a.hi);
+}
+TR_INLINE f32x16 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+TR_INLINE f32x16 add(f32x16 a, f32x16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+TR_INLINE f32x16 sub(f32x16 a, f32x16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+TR_INLINE f32x16 mul(f32x16 a, f32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+TR_INLINE f32x16 div(f32x16 a, f32x16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+TR_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+TR_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+TR_INLINE __m256 scaled_half(__m256 a, __m256 rounded) {
+    __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent));
+}
+TR_INLINE f32x16 times_power_of_two(f32x16 a, f32x16 rounded) {
+    return {scaled_half(a.lo, rounded.lo), scaled_half(a.hi, rounded.hi)};
+}
+TR_INLINE f32x16 zero_where_below(f32x16 a, f32x16 x, float limit) {
+    __m256 bound = _mm256_set1_ps(limit);
+    return {_mm256_and_ps(a.lo, _mm256_cmp_ps(x.lo, bound, _CMP_NLT_UQ)),
+            _mm256_and_ps(a.hi, _mm256_cmp_ps(x.hi, bound, _CMP_NLT_UQ))};
+}
+TR_INLINE __m256 low_half(f32x16 a) { return a.lo; }
+TR_INLINE __m256 high_half(f32x16 a) { return a.hi; }
+
+#else  // portable: loops of fixed length, which the compiler turns into NEON on arm64
+
+struct f32x16 { float v[16]; };
+template <class F> TR_INLINE f32x16 each(F f) {
+    f32x16 out;
+    for (int i = 0; i < 16; i++) out.v[i] = f(i);
+    return out;
+}
+template <class W> TR_INLINE f32x16 load(const W* p) { return each([=](int i) { return widen(p[i]); }); }
+TR_INLINE void store(float* p, const f32x16& a) { __builtin_memcpy(p, a.v, sizeof a.v); }
+TR_INLINE f32x16 broadcast(float x) { return each([=](int) { return x; }); }
+TR_INLINE f32x16 add(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
+TR_INLINE f32x16 sub(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
+TR_INLINE f32x16 mul(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
+TR_INLINE f32x16 div(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
+TR_INLINE f32x16 max(const f32x16& a, const f32x16& b) {  // the second one if either is NaN, as x86 does
+    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+TR_INLINE f32x16 fma(const f32x16& a, const f32x16& b, const f32x16& c) {
+    return each([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
+}
+TR_INLINE f32x16 times_power_of_two(const f32x16& a, const f32x16& rounded) {
+    return each([&](int i) { return float_of(bits_of(a.v[i]) + (bits_of(rounded.v[i]) << 23)); });
+}
+TR_INLINE f32x16 zero_where_below(const f32x16& a, const f32x16& x, float limit) {
+    return each([&](int i) { return x.v[i] < limit ? 0.0f : a.v[i]; });
+}
+
+#endif
+
+// Horizontal reductions: one tree, lane i with i+8, then i+4, i+2, i+1.
+#if defined(TR_AVX2) || defined(TR_AVX512)
+TR_INLINE float sum(f32x16 a) {
+    __m256 eight = _mm256_add_ps(low_half(a), high_half(a));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+TR_INLINE float maximum(f32x16 a) {
+    __m256 eight = _mm256_max_ps(low_half(a), high_half(a));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+#else
+TR_INLINE float sum(f32x16 a) {
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) a.v[i] = a.v[i] + a.v[i + half];
+    return a.v[0];
+}
+TR_INLINE float maximum(f32x16 a) {
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
+    return a.v[0];
+}
+#endif
+
+template <class W> TR_INLINE f32x16 load_part(const W* p, size_t n, float fill = 0.0f) {
+    if (n >= 16) return load(p);
+    float lanes[16];
+    for (size_t i = 0; i < 16; i++) lanes[i] = i < n ? widen(p[i]) : fill;
+    return load(lanes);
+}
+
+TR_INLINE void store_part(float* p, f32x16 a, size_t n) {
+    if (n >= 16) return store(p, a);
+    float lanes[16];
+    store(lanes, a);
+    for (size_t i = 0; i < n; i++) p[i] = lanes[i];
+}
+
+// e^x within 2 ulp on [-87, 88]: exactly 0 below, capped above, exactly 1 at 0.
+// x = n ln2 + r; a polynomial (Cephes) gives e^r; n is added to the exponent bits.
+TR_INLINE f32x16 exp(f32x16 x) {
+    f32x16 capped = sub(broadcast(0.0f), max(broadcast(-EXP_MAX), sub(broadcast(0.0f), max(x, broadcast(EXP_MIN)))));
+    f32x16 rounded = fma(capped, broadcast(1.44269504088896341f), broadcast(EXP_MAGIC));
+    f32x16 n = sub(rounded, broadcast(EXP_MAGIC));
+    f32x16 r = fma(n, broadcast(-0.693359375f), capped);
+    r = fma(n, broadcast(2.12194440e-4f), r);
+    f32x16 p = broadcast(1.9875691500e-4f);
+    p = fma(p, r, broadcast(1.3981999507e-3f));
+    p = fma(p, r, broadcast(8.3334519073e-3f));
+    p = fma(p, r, broadcast(4.1665795894e-2f));
+    p = fma(p, r, broadcast(1.6666665459e-1f));
+    p = fma(p, r, broadcast(5.0000001201e-1f));
+    f32x16 power = add(fma(p, mul(r, r), r), broadcast(1.0f));
+    return zero_where_below(times_power_of_two(power, rounded), x, EXP_MIN);
+}
+
+}  // namespace

@@ -1,0 +1,49 @@
+// All kernels for one instruction set: included once by avx2.cpp, avx512.cpp and portable.cpp, each of which defines
+// TR_KERNELS, the name of its table. Everything is in anonymous namespaces and uses no inline function of a standard
+// header, so that the linker cannot put this file's instructions into code that runs on a lesser machine.
+#include "f32x16.h"
+#include "interface.h"
+
+namespace {
+
+// Rows and panels of the micro-kernel: as many accumulators as the registers hold, and at least 8 to hide the latency of fma.
+#if defined(TR_AVX512)
+constexpr int MAX_ROWS = 8;
+constexpr int panels_for(int rows) { return rows <= 2 ? 4 : 2; }
+#elif defined(__x86_64__) && !defined(TR_AVX2)
+constexpr int MAX_ROWS = 2;  // portable on x86 is only the tests' yardstick: compile little
+constexpr int panels_for(int) { return 1; }
+#else
+constexpr int MAX_ROWS = 6;
+constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+#endif
+constexpr size_t ROW_BLOCK = 96, PANEL_GROUP = 4;  // one task of linear: neither changes the bits
+constexpr size_t MAX_HEAD_DIM = 256;
+
+constexpr size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+template <class F> TR_INLINE void parallel_for(size_t count, F f) {
+    tr_parallel_for(count, [](void* context, int64_t i) { (*static_cast<F*>(context))(size_t(i)); }, &f);
+}
+
+template <int N> struct Count { static constexpr int value = N; };
+
+template <int N, class F> TR_INLINE void with_count(size_t count, F& f, size_t row) {
+    if constexpr (N > 0) {
+        if (count == N) f(row, Count<N>{});
+        else with_count<N - 1>(count, f, row);
+    }
+}
+
+// Calls f(row, Count<R>) for consecutive groups of at most MAX_ROWS rows.
+template <class F> TR_INLINE void for_row_groups(size_t begin, size_t end, F f) {
+    for (size_t row = begin; row < end; row += MAX_ROWS) with_count<MAX_ROWS>(least(end - row, MAX_ROWS), f, row);
+}
+
+}  // namespace
+
+#include "linear.inl"
+#include "rows.inl"
+#include "attention.inl"
+
+const Kernels TR_KERNELS = {linear, norm<false>, norm<true>, rotate_and_cache, paged_attention, activation};

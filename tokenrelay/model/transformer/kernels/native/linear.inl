@@ -1,0 +1,68 @@
+// linear: acc = 0, then acc = fma(x[k], w[k], acc) for k ascending, then + bias. Included by kernels.inl.
+namespace {
+
+// The micro-kernel of both linear and attention: R rows times P panels of 16 columns, all accumulators in registers.
+// x: row r at x + r * x_stride.  w[p]: 16 columns for step k at w[p] + k * w_stride.
+template <int R, int P, class W>
+TR_INLINE void multiply(f32x16 (&acc)[R][P], const float* x, size_t x_stride, const W* const (&w)[P], size_t w_stride,
+                        size_t steps) {
+    for (size_t k = 0; k < steps; k++) {
+        f32x16 column[P];
+        for (int p = 0; p < P; p++) column[p] = load(w[p] + k * w_stride);
+        for (int r = 0; r < R; r++) {
+            f32x16 value = broadcast(x[r * x_stride + k]);
+            for (int p = 0; p < P; p++) acc[r][p] = fma(value, column[p], acc[r][p]);
+        }
+    }
+}
+
+struct Linear {
+    const float* x;
+    const float* bias;
+    float* out;
+    size_t rows, in_features, out_features;
+};
+
+template <int R, int P, class W> void linear_tile(const Linear& a, const W* panels, size_t row, size_t panel) {
+    f32x16 acc[R][P];
+    const W* w[P];
+    for (int p = 0; p < P; p++) w[p] = panels + (panel + p) * a.in_features * 16;
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) acc[r][p] = broadcast(0.0f);
+    multiply<R, P>(acc, a.x + row * a.in_features, a.in_features, w, 16, a.in_features);
+    for (int p = 0; p < P; p++) {
+        size_t column = (panel + p) * 16, width = a.out_features - column;
+        for (int r = 0; r < R; r++) {
+            f32x16 y = acc[r][p];
+            if (a.bias) y = add(y, load_part(a.bias + column, width));
+            store_part(a.out + (row + r) * a.out_features + column, y, width);
+        }
+    }
+}
+
+template <class W> void linear_of(const Linear& a, const W* panels) {
+    const size_t panel_count = (a.out_features + 15) / 16;
+    const size_t row_blocks = (a.rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    const size_t groups = (panel_count + PANEL_GROUP - 1) / PANEL_GROUP;
+    parallel_for(groups * row_blocks, [&](size_t task) {
+        size_t panel_end = least((task / row_blocks + 1) * PANEL_GROUP, panel_count);
+        size_t row_begin = task % row_blocks * ROW_BLOCK, row_end = least(row_begin + ROW_BLOCK, a.rows);
+        size_t wide_end = task / row_blocks * PANEL_GROUP;
+        for_row_groups(row_begin, row_end, [&](size_t row, auto count) {
+            constexpr int R = decltype(count)::value;
+            constexpr int P = panels_for(R);
+            size_t panel = wide_end;
+            for (; panel + P <= panel_end; panel += P) linear_tile<R, P>(a, panels, row, panel);
+            for (; panel < panel_end; panel++) linear_tile<R, 1>(a, panels, row, panel);
+        });
+    });
+}
+
+void linear(const float* x, const void* panels, const float* bias, float* out, int64_t rows, int64_t in_features,
+            int64_t out_features, int64_t is_bf16) {
+    Linear a{x, bias, out, size_t(rows), size_t(in_features), size_t(out_features)};
+    if (is_bf16) linear_of(a, static_cast<const bf16*>(panels));
+    else linear_of(a, static_cast<const float*>(panels));
+}
+
+}  // namespace

@@ -1,0 +1,28 @@
+"""One door to a checkpoint's tensors, whatever its format. Needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.weights.gguf import GGUFCheckpoint
+from tokenrelay.model.weights.safetensors import SafetensorsCheckpoint
+from tokenrelay.model.weights.sources import ModelSource
+
+
+class Checkpoint(Protocol):
+    """A described network and its tensors, by transformers' names and in transformers' layout."""
+
+    def config(self) -> ModelConfig:
+        """The network's shape; raises UnsupportedModelError or CheckpointError."""
+
+    def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor once, converted one at a time; raises CheckpointError at the first that cannot be read."""
+
+
+def open_checkpoint(source: ModelSource) -> Checkpoint:
+    """The checkpoint behind ``source``; files are opened when tensors are read."""
+    return GGUFCheckpoint(source.path) if source.kind == "gguf" else SafetensorsCheckpoint(source.path)

@@ -1,0 +1,75 @@
+"""Tensors of a transformers folder: config.json beside one or more memory-mapped safetensors files. Never pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.weights.config_reader import config_from_folder, read_json
+from tokenrelay.model.weights.errors import CheckpointError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that old checkpoints stored
+
+
+class SafetensorsCheckpoint:
+    """A folder with config.json and model.safetensors, or shards named by model.safetensors.index.json.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the index names what no shard holds.
+        UnsupportedModelError: a network this server cannot run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._config = config_from_folder(folder)
+        self._shards = self._read_index()
+
+    def config(self) -> ModelConfig:
+        return self._config
+
+    def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor once, shard by shard, under the name it has in the causal language model."""
+        for shard, names in self._shards.items():
+            try:
+                with safe_open(shard, framework="pt") as file:
+                    for name in names if names is not None else file.keys():
+                        if not name.endswith(_BUFFERS):
+                            yield self._full_name(name), file.get_tensor(name).to(dtype)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{shard}: {error}") from error
+
+    def _full_name(self, name: str) -> str:
+        """GPT-2's published files name the bare network, without the prefix it has in the language model."""
+        bare = self._config.architecture == "gpt2" and not name.startswith(("transformer.", "lm_head."))
+        return f"transformer.{name}" if bare else name
+
+    def _read_index(self) -> dict[Path, list[str] | None]:
+        """Shards and the names to take from each; None means all."""
+        index = self._folder / _INDEX
+        if not index.is_file():
+            return {self._existing(_SINGLE): None}
+        shards: dict[Path, list[str] | None] = {}
+        for shard, names in _by_shard(index).items():
+            shards[self._existing(shard)] = names
+        return shards
+
+    def _existing(self, shard: str) -> Path:
+        path = self._folder / shard
+        if Path(shard).name != shard or not path.is_file():
+            raise CheckpointError(f"{self._folder}: has no file {shard!r}; fetch the whole model again")
+        return path
+
+
+def _by_shard(index: Path) -> dict[str, list[str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensor names to file names")
+    shards: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        shards.setdefault(shard, []).append(name)
+    return shards

@@ -1,0 +1,100 @@
+"""POST /v1/chat/completions: the request, the answer and the chunk of a stream."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from tokenrelay.service.api.schemas.not_built import IN_MESSAGES, ON_CHAT, Neutral
+from tokenrelay.service.api.schemas.request import GenerationRequest, RequestSchema
+from tokenrelay.service.api.schemas.usage import CompletionUsage
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 256
+
+
+class TextPart(RequestSchema):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(RequestSchema):
+    not_built: ClassVar[Neutral] = IN_MESSAGES
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+    name: str | None = Field(None, description="Who speaks; used by chat templates that know it.")
+    tool_call_id: str | None = Field(None, description="The call a tool message answers.")
+
+    @property
+    def text(self) -> str:
+        """Text parts are joined by line breaks, as other servers do."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+class ChatCompletionRequest(GenerationRequest):
+    not_built: ClassVar[Neutral] = ON_CHAT
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatCompletionRequest:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise PydanticCustomError(
+                "two_limits", "contradicts max_tokens; send one of them", {"name": "max_completion_tokens"}
+            )
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: str | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: str
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: CompletionUsage
+
+
+class Delta(BaseModel):
+    """Only the fields that were set are sent."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: None = None
+    finish_reason: str | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: CompletionUsage | None = None

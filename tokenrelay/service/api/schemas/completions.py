@@ -1,0 +1,56 @@
+"""POST /v1/completions: the request, the answer and the chunk of a stream."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, Field
+
+from tokenrelay.service.api.schemas.not_built import ON_COMPLETIONS, Neutral
+from tokenrelay.service.api.schemas.request import GenerationRequest
+from tokenrelay.service.api.schemas.usage import CompletionUsage
+
+MAX_PROMPTS = 4096  # what is looked at; the setting max_n says how many may be asked for
+
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+
+
+class CompletionRequest(GenerationRequest):
+    not_built: ClassVar[Neutral] = ON_COMPLETIONS
+
+    prompt: str | Texts | TokenIds | TokenIdLists = Field(
+        description="Text, token ids, or a list of either: one prompt each."
+    )
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one by one, whatever the form they came in."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: str | None
+
+
+class Completion(BaseModel):
+    """The whole answer, or a chunk of a stream: OpenAI gives both the same shape."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: CompletionUsage | None = None

@@ -1,0 +1,142 @@
+"""Parameters other servers know and this one does not build (yet), each with the values that ask for nothing.
+
+Clients send such neutral values routinely; they are accepted. Any other value is refused by name: a parameter is
+never accepted and ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Neutral = Mapping[str, tuple[Any, ...]]
+
+_OPENAI = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "prompt_cache_key": (),
+    "prompt_cache_retention": (),
+    "safety_identifier": (),
+}
+_VLLM = {
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "early_stopping": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "logprob_token_ids": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "add_special_tokens": (),
+    "priority": (0,),
+    "request_id": (),
+    "cache_salt": (),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "repetition_detection": (),
+    "prompt_embeds": (),
+}
+_LLAMA_CPP = {
+    "cache_prompt": (True,),
+    "grammar": ("",),
+    "json_schema": (),
+    "n_predict": (),
+    "n_probs": (0,),
+    "n_keep": (0,),
+    "id_slot": (-1,),
+    "typical_p": (1,),
+    "mirostat": (0,),
+    "dynatemp_range": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "top_n_sigma": (-1,),
+    "repeat_penalty": (1,),
+    "samplers": (),
+    "t_max_predict_ms": (),
+    "timings_per_token": (False,),
+    "return_progress": (False,),
+    "lora": ([],),
+}
+_SGLANG = {
+    "regex": (),
+    "ebnf": (),
+    "rid": (),
+    "lora_path": (),
+    "session_params": (),
+    "separate_reasoning": (True,),
+}
+
+ON_BOTH_ROUTES: Neutral = _OPENAI | _VLLM | _LLAMA_CPP | _SGLANG
+
+ON_CHAT: Neutral = {
+    **ON_BOTH_ROUTES,
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "top_logprobs": (0,),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "thinking_token_budget": (),
+    "include_reasoning": (True,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "mm_processor_kwargs": (),
+    "echo": (False,),
+}
+
+ON_COMPLETIONS: Neutral = {
+    **ON_BOTH_ROUTES,
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+}
+
+IN_MESSAGES: Neutral = {
+    "tool_calls": ([],),
+    "function_call": (),
+    "refusal": (),
+    "audio": (),
+    "annotations": ([],),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+}
+
+IN_STREAM_OPTIONS: Neutral = {
+    "include_obfuscation": (False,),
+    "continuous_usage_stats": (False,),
+}
+
+
+def asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Null always does. JSON's false is not 0 here, though Python's is."""
+    return value is None or any(
+        value == candidate and isinstance(value, bool) == isinstance(candidate, bool) for candidate in neutral
+    )

@@ -1,0 +1,129 @@
+"""Every error a client can meet, as one tree. Each class knows its HTTP status and OpenAI error fields.
+
+::
+
+    ServiceError                     500 server_error           internal_error
+    ├── InvalidRequestError          400 invalid_request_error  (code per case)
+    │   ├── UnsupportedParameter     400 invalid_request_error  unsupported_parameter
+    │   ├── ContextLengthExceeded    400 invalid_request_error  context_length_exceeded
+    │   ├── RequestTimeout           408 invalid_request_error  request_timeout
+    │   ├── RequestTooLarge          413 invalid_request_error  request_too_large
+    │   ├── UnsupportedMediaType     415 invalid_request_error  unsupported_media_type
+    │   ├── NotFoundError            404 invalid_request_error  not_found / model_not_found
+    │   └── Cancelled                499 invalid_request_error  cancelled
+    ├── RateLimited                  429 rate_limit_error       slow_down               retryable
+    ├── Unavailable                  503 server_error                                   retryable
+    │   ├── QueueFull                503 server_error           server_is_overloaded    retryable
+    │   ├── BrokerUnavailable        503 server_error           broker_unavailable      retryable
+    │   └── NoWorker                 503 server_error           no_worker               retryable
+    ├── DeadlineExceeded             504 server_error           deadline_exceeded
+    └── WorkerLost                   500 server_error           worker_lost
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class ServiceError(Exception):
+    """Base of the tree: something of ours failed.
+
+    Args:
+        message: one sentence for the client: what is wrong and the remedy. Never a prompt, key or traceback.
+        param: the request field at fault, if one is.
+        code: replaces the class's code where one class has several.
+        retry_after: seconds until a retry makes sense; sent as Retry-After.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The error in the OpenAI shape."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequestError(ServiceError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class UnsupportedParameter(InvalidRequestError):
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(InvalidRequestError):
+    code = "context_length_exceeded"
+
+
+class RequestTimeout(InvalidRequestError):
+    status = 408
+    code = "request_timeout"
+
+
+class RequestTooLarge(InvalidRequestError):
+    status = 413
+    code = "request_too_large"
+
+
+class UnsupportedMediaType(InvalidRequestError):
+    status = 415
+    code = "unsupported_media_type"
+
+
+class NotFoundError(InvalidRequestError):
+    status = 404
+    code = "not_found"
+
+
+class Cancelled(InvalidRequestError):
+    """Met by another reader of a request whose own client gave it up."""
+
+    status = 499
+    code = "cancelled"
+
+
+class RateLimited(ServiceError):
+    status = 429
+    type = "rate_limit_error"
+    code = "slow_down"
+    retryable = True
+
+
+class Unavailable(ServiceError):
+    status = 503
+    code = "unavailable"
+    retryable = True
+
+
+class QueueFull(Unavailable):
+    code = "server_is_overloaded"
+
+
+class BrokerUnavailable(Unavailable):
+    code = "broker_unavailable"
+
+
+class NoWorker(Unavailable):
+    code = "no_worker"
+
+
+class DeadlineExceeded(ServiceError):
+    status = 504
+    code = "deadline_exceeded"
+
+
+class WorkerLost(ServiceError):
+    code = "worker_lost"

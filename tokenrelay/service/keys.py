@@ -1,0 +1,60 @@
+"""Every Redis key name, lifetime and size of the relay, each with its reason. Knows no commands.
+
+All keys of one model share a hash tag, so a script may touch any of them, in a cluster too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from urllib.parse import quote
+
+LIVE_TTL = 24 * 3600  # seconds; an unfinished request nobody works on or waits for may not stay for ever
+MAILBOX_TTL = 60  # seconds; a dead API process's mailbox goes away, a paused one's survives
+MAILBOX_ENTRIES = 1024  # about ten seconds of engine steps: a reader further behind reads the log instead
+DEAD_ENTRIES = 100  # dead letters carry their payload, so few are kept
+
+LUA_CONSTANTS = {name: globals()[name] for name in ("LIVE_TTL", "MAILBOX_ENTRIES", "DEAD_ENTRIES")}
+
+
+class Keys:
+    """The keys of one model. ``waiting``, ``leases``, ``fair``, ``dead`` and ``workers`` are permanent and bounded;
+    every other key has a TTL."""
+
+    def __init__(self, model: str) -> None:
+        self.prefix = f"tokenrelay:{{{quote(model, safe='')}}}:"
+        self.waiting = self.prefix + "waiting"  # sorted set: id by priority class, then virtual finish time
+        self.leases = self.prefix + "leases"  # sorted set: id by lease expiry, milliseconds of Redis TIME
+        self.fair = self.prefix + "fair"  # sorted set: virtual finish time per tenant, and the virtual clock
+        self.dead = self.prefix + "dead"  # stream: requests no worker survived or could read
+        self.workers = self.prefix + "workers"  # sorted set: worker id by expiry of its announcement
+        self.wakeup = self.prefix + "wakeup"  # pub/sub channel: "submit" and "cancel <id>"; may lose messages
+
+    @property
+    def permanent(self) -> frozenset[str]:
+        """The only keys without a TTL."""
+        return frozenset({self.waiting, self.leases, self.fair, self.dead, self.workers})
+
+    def request(self, request_id: str) -> str:
+        """Hash: payload, state, owner, epoch, attempts, next, mailboxes … (LIVE_TTL, then the retention)."""
+        return f"{self.prefix}request:{request_id}"
+
+    def log(self, request_id: str) -> str:
+        """Stream: entry ``i-0`` is event i. Lives as long as the request."""
+        return f"{self.prefix}log:{request_id}"
+
+    def mailbox(self, api_id: str) -> str:
+        """Stream: one entry per engine step for one API process (MAILBOX_TTL, renewed by its owner)."""
+        return f"{self.prefix}mailbox:{api_id}"
+
+    def worker(self, worker_id: str) -> str:
+        """String: what a worker announces (one lease, renewed with every heartbeat)."""
+        return f"{self.prefix}worker:{worker_id}"
+
+    def claim(self, worker_id: str) -> str:
+        """String: a worker's last claim, so that a repeated one finds the same requests (one lease)."""
+        return f"{self.prefix}claim:{worker_id}"
+
+    def idempotency(self, tenant: str, key: str) -> str:
+        """String: the request a caller's idempotency key stands for. Hashed: both halves come from outside."""
+        digest = hashlib.sha256(f"{len(tenant)}:{tenant}{key}".encode()).hexdigest()
+        return f"{self.prefix}idempotency:{digest}"

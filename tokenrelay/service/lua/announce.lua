@@ -1,0 +1,8 @@
+-- A worker's facts, for one lease; workers that fell silent leave the list.
+-- KEYS: worker, workers
+-- ARGV: prefix, worker id, encoded facts, lease in ms
+
+local now = now_ms()
+redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+redis.call('ZADD', KEYS[2], now + tonumber(ARGV[4]), ARGV[2])

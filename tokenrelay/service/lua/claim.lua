@@ -1,0 +1,66 @@
+-- Lease the first waiting requests to a worker. A call repeated with the same token finds what the first one leased.
+-- KEYS: waiting, leases, fair, the worker's last claim
+-- ARGV: prefix, worker, limit, lease in ms, token
+-- Returns {{id, epoch, attempts, payload, waited ms, cancelled, log entries} …}
+
+local waiting, leases, fair, last_claim = unpack(KEYS)
+local _, worker, limit, lease_ms, token = unpack(ARGV)
+limit, lease_ms = tonumber(limit), tonumber(lease_ms)
+local now = now_ms()
+
+local function describe(id, request)
+  local payload, since = unpack(redis.call('HMGET', request_key(id), 'payload', 'waiting_since'))
+  return {id, request.epoch, request.attempts, payload, now - since, request.cancelled and 1 or 0,
+    redis.call('XRANGE', log_key(id), '-', '+')}
+end
+
+local function repeated()
+  local previous = redis.call('GET', last_claim)
+  if not previous then return nil end
+  local claim = cmsgpack.unpack(previous)
+  if claim[1] ~= token then return nil end
+  local claimed = {}
+  for _, pair in ipairs(claim[2]) do
+    local request = fetch(pair[1])
+    if owns(request, worker, pair[2]) and request.state == 'running' then
+      claimed[#claimed + 1] = describe(pair[1], request)
+    end
+  end
+  return claimed
+end
+
+local function lease(id, request)
+  request.epoch, request.attempts = request.epoch + 1, request.attempts + 1
+  redis.call('HSET', request_key(id), 'state', 'running', 'owner', worker,
+    'epoch', request.epoch, 'attempts', request.attempts)
+  redis.call('EXPIRE', request_key(id), LIVE_TTL)
+  redis.call('EXPIRE', log_key(id), LIVE_TTL)
+  redis.call('ZADD', leases, now + lease_ms, id)
+end
+
+-- The virtual clock is the start of what is being served; tenants behind it have no debt, so need no entry.
+local function advance_clock(id)
+  local start = tonumber(redis.call('HGET', request_key(id), 'start') or 0)
+  if start > tonumber(redis.call('ZSCORE', fair, 'clock') or 0) then
+    redis.call('ZADD', fair, integer(start), 'clock')
+    redis.call('ZREMRANGEBYSCORE', fair, '-inf', '(' .. integer(start))
+  end
+end
+
+local again = repeated()
+if again then return again end
+
+local claimed, pairs_claimed = {}, {}
+while #claimed < limit do
+  local id = redis.call('ZPOPMIN', waiting)[1]
+  if not id then break end
+  local request = fetch(id)
+  if request and request.state == 'waiting' then
+    lease(id, request)
+    advance_clock(id)
+    claimed[#claimed + 1] = describe(id, request)
+    pairs_claimed[#pairs_claimed + 1] = {id, request.epoch}
+  end
+end
+if #claimed > 0 then redis.call('SET', last_claim, cmsgpack.pack({token, pairs_claimed}), 'PX', lease_ms) end
+return claimed

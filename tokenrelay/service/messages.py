@@ -1,0 +1,136 @@
+"""What travels through the broker: versioned, schema-checked msgpack. Never pickle.
+
+A newer sender may add fields: they are ignored. An unknown version is refused. ``Event`` is the unit of the
+token log and of a client's ``Last-Event-ID``: event ``index`` of a request, counted from 1.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from tokenrelay.model.sampling_params import SamplingParams
+
+VERSION = 1
+
+
+class MessageError(ValueError):
+    """A payload that is not a message of ours, or of a version we do not speak."""
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One accepted request, as the API hands it to whichever worker claims it."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    tenant: str = "default"
+    cache_salt: str = ""
+    priority: int = 0
+    version: int = VERSION
+
+    @property
+    def cost(self) -> int:
+        """Tokens this request may occupy: what fair queueing and admission count."""
+        return len(self.prompt_token_ids) + self.params.n * self.params.max_tokens
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Token counts of a whole request, over all its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+class Error(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why a request failed, in the fields of ``errors.ServiceError``."""
+
+    message: str
+    code: str
+    status: int = 500
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One entry of a request's log.
+
+    ``token_ids`` are the ids sampled in this step for one choice; ``text`` is what became printable, which lags
+    behind the ids while a stop string or a UTF-8 sequence is incomplete. ``finish_reason`` ends the choice.
+    The entry with ``usage`` or ``error`` is terminal: exactly one, the last of the log.
+    """
+
+    choice: int = 0
+    token_ids: list[int] = []
+    text: str = ""
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    error: Error | None = None
+
+    @property
+    def terminal(self) -> bool:
+        return self.usage is not None or self.error is not None
+
+
+class Delivery(msgspec.Struct, frozen=True, array_like=True):
+    """One event on its way to a client, through the mailbox of the client's API process."""
+
+    request_id: str
+    index: int
+    event: Event
+
+
+class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a model worker announces of itself, renewed with every heartbeat."""
+
+    worker_id: str
+    model: str
+    max_model_len: int
+    step_counter: int  # grows while the engine lives; readiness is read from its progress
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    draining: bool = False
+    version: str = ""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_submission = msgspec.msgpack.Decoder(Submission)
+_event = msgspec.msgpack.Decoder(Event)
+_deliveries = msgspec.msgpack.Decoder(list[Delivery])
+_facts = msgspec.msgpack.Decoder(WorkerFacts)
+
+encode = _encoder.encode
+
+
+def decode_submission(payload: bytes) -> Submission:
+    """Raises MessageError when the payload is malformed, out of range or of an unknown version."""
+    try:
+        submission = _submission.decode(payload)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise MessageError(f"not a submission: {error}") from error
+    if submission.version != VERSION:
+        raise MessageError(f"submission of version {submission.version}, this process speaks {VERSION}")
+    return submission
+
+
+def decode_event(payload: bytes) -> Event:
+    """Raises MessageError when the payload is malformed."""
+    try:
+        return _event.decode(payload)
+    except msgspec.DecodeError as error:
+        raise MessageError(f"not an event: {error}") from error
+
+
+def decode_deliveries(payload: bytes) -> list[Delivery]:
+    """Raises MessageError when the payload is malformed."""
+    try:
+        return _deliveries.decode(payload)
+    except msgspec.DecodeError as error:
+        raise MessageError(f"not a mailbox entry: {error}") from error
+
+
+def decode_facts(payload: bytes) -> WorkerFacts:
+    """Raises MessageError when the payload is malformed."""
+    try:
+        return _facts.decode(payload)
+    except msgspec.DecodeError as error:
+        raise MessageError(f"not a worker's announcement: {error}") from error

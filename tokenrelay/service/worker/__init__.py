@@ -1,0 +1,1 @@
+"""The model worker's process: claims requests, runs the engine, publishes its tokens."""

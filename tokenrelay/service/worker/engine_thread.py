@@ -1,0 +1,147 @@
+"""The thread that owns the engine: it takes commands between steps and hands out what is to be published.
+
+Nothing else touches the engine. The thread waits when there is no work, and when publishing falls behind.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tokenrelay.model.engine.engine import Engine
+from tokenrelay.service.metrics import WorkerMetrics
+from tokenrelay.service.queue import Claim
+from tokenrelay.service.token_log import Publication
+from tokenrelay.service.worker.output_processor import OutputProcessor
+
+MAX_UNPUBLISHED_STEPS = 32  # about a second of tokens: the broker may hiccup, memory may not grow
+
+Command = Callable[[], None]
+
+
+class EngineState(NamedTuple):
+    """What other threads may know of the engine: as of the last step."""
+
+    step_counter: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_choices: int = 0
+    kv_cache_usage: float = 0.0
+
+
+class EngineThread(threading.Thread):
+    """Args: ``publish`` gets each step's publications, in this thread; ``on_death`` the exception that ended it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        processor: OutputProcessor,
+        metrics: WorkerMetrics,
+        *,
+        publish: Callable[[list[Publication]], None],
+        on_death: Callable[[BaseException], None],
+    ) -> None:
+        super().__init__(name="engine", daemon=True)
+        self.state = EngineState()
+        self._engine = engine
+        self._processor = processor
+        self._metrics = metrics
+        self._publish = publish
+        self._on_death = on_death
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._unpublished = threading.BoundedSemaphore(MAX_UNPUBLISHED_STEPS)
+        self._counted = (0, 0, 0)  # preemptions, prefix queries and hits already in the metrics
+
+    # --- called from other threads --------------------------------------------------------------------------------
+
+    def add(self, claim: Claim) -> None:
+        self._commands.put(lambda: self._add(claim))
+
+    def cancel(self, request_id: str) -> None:
+        """End the request with a terminal event, its blocks free before the next step."""
+        self._commands.put(lambda: self._abort(self._processor.cancel(request_id)))
+
+    def drop(self, request_id: str) -> None:
+        """Forget the request without a word: it belongs to another worker."""
+        self._commands.put(lambda: self._abort(self._processor.drop(request_id)))
+
+    def published(self) -> None:
+        """One batch of publications has reached the broker."""
+        self._unpublished.release()
+
+    def stop(self) -> None:
+        """End after the current step."""
+        self._commands.put(None)
+
+    # --- in the thread --------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            while self._obey():
+                if self._engine.has_work:
+                    self._step()
+                self._hand_out()
+        except BaseException as error:
+            self._on_death(error)
+
+    def _obey(self) -> bool:
+        """Run all commands that wait; block for one when there is nothing to compute. False: stop."""
+        block = not self._engine.has_work
+        while True:
+            try:
+                command = self._commands.get(block=block)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            block = False
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        outputs = self._engine.step()
+        self._metrics.step_time.observe(time.perf_counter() - started)
+        self._abort(self._processor.process(outputs))
+        self._metrics.decode_tokens.inc(len(outputs))
+
+    def _add(self, claim: Claim) -> None:
+        for request in self._processor.begin(claim):
+            self._engine.add(request)
+
+    def _abort(self, engine_ids: Sequence[str]) -> None:
+        for engine_request_id in engine_ids:
+            self._engine.abort(engine_request_id)
+
+    def _hand_out(self) -> None:
+        self._note_state()
+        publications = self._processor.take_publications()
+        if publications:
+            self._unpublished.acquire()
+            self._publish(publications)
+
+    def _note_state(self) -> None:
+        scheduler = self._engine.scheduler
+        self.state = EngineState(
+            self._engine.step_counter,
+            len(scheduler.running),
+            len(scheduler.waiting),
+            self._processor.num_choices,
+            scheduler.block_pool.usage,
+        )
+        self._update_metrics()
+        if not scheduler.has_work:
+            scheduler.check_integrity()
+
+    def _update_metrics(self) -> None:
+        scheduler, metrics, state = self._engine.scheduler, self._metrics, self.state
+        metrics.num_requests_running.set(state.num_running)
+        metrics.num_requests_queued.set(state.num_waiting)
+        metrics.kv_cache_usage.set(state.kv_cache_usage)
+        counted = (scheduler.num_preemptions, scheduler.num_prefix_queries, scheduler.num_prefix_hits)
+        counters = (metrics.num_preemptions, metrics.prefix_cache_queries, metrics.prefix_cache_hits)
+        for counter, now, before in zip(counters, counted, self._counted, strict=True):
+            counter.inc(now - before)
+        self._counted = counted

@@ -1,0 +1,97 @@
+"""Builds a model worker from settings, and runs it until SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import structlog
+import torch
+from prometheus_client import start_http_server
+
+from tokenrelay.model.config import EngineConfig
+from tokenrelay.model.engine.engine import Engine
+from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.model.transformer.kernels import native
+from tokenrelay.model.weights import ModelSource, resolve
+from tokenrelay.model.weights.checkpoint import open_checkpoint
+from tokenrelay.service.broker import connect
+from tokenrelay.service.keys import Keys
+from tokenrelay.service.metrics import WorkerMetrics, new_registry
+from tokenrelay.service.queue import Queue
+from tokenrelay.service.registry import Registry
+from tokenrelay.service.settings import Settings
+from tokenrelay.service.token_log import TokenLog
+from tokenrelay.service.worker.output_processor import OutputProcessor
+from tokenrelay.service.worker.worker import Worker
+
+log = structlog.get_logger()
+
+
+def run_worker(settings: Settings) -> None:
+    """Load the model, then serve until SIGTERM or SIGINT. Raises when the engine dies."""
+    source = resolve(settings.model, cache_dir=settings.cache_dir)
+    started = time.perf_counter()
+    engine = load_engine(source, settings)
+    log.info("model loaded", model=source.name, seconds=round(time.perf_counter() - started, 2))
+    asyncio.run(_serve(engine, Tokenizer.from_source(source), settings, settings.served_model_name or source.name))
+
+
+def load_engine(source: ModelSource, settings: Settings) -> Engine:
+    """The engine that the settings describe, on the device that is there."""
+    device = _device(settings)
+    _use_threads(device, settings.num_threads or len(os.sched_getaffinity(0)))
+    config = EngineConfig(
+        kv_cache_bytes=settings.kv_cache_mb << 20,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=settings.max_model_len,
+        enable_prefix_caching=settings.enable_prefix_caching,
+    )
+    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return Engine.from_checkpoint(open_checkpoint(source), config, dtype=dtype, device=device)
+
+
+def _device(settings: Settings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(settings.device)
+
+
+def _use_threads(device: torch.device, num_threads: int) -> None:
+    """Two pools of threads would fight for the cores: torch keeps one thread when the native kernels have them all."""
+    if device.type == "cpu" and native.is_available():
+        native.set_num_threads(num_threads)
+        torch.set_num_threads(1)
+        log.info("native kernels", instruction_set=native.isa(), threads=num_threads)
+    elif device.type == "cpu":
+        torch.set_num_threads(num_threads)
+        log.warning("no native kernels", reason=native.why_unavailable())
+
+
+async def _serve(engine: Engine, tokenizer: Tokenizer, settings: Settings, model: str) -> None:
+    keys = Keys(model)
+    redis = connect(settings.redis_url)
+    metrics = WorkerMetrics(new_registry(), model)
+    metrics.kv_cache_blocks.set(engine.scheduler.block_pool.num_blocks)
+    server, _ = start_http_server(settings.worker_metrics_port, settings.host, registry=metrics.registry)
+    worker = Worker(
+        engine,
+        OutputProcessor(tokenizer),
+        Queue(redis, keys, settings),
+        TokenLog(redis, keys, settings),
+        Registry(redis, keys, settings),
+        metrics,
+        settings,
+        model,
+    )
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, worker.drain)
+    log.info("worker ready", worker=worker.worker_id, metrics=f"http://{settings.host}:{server.server_port}/metrics")
+    try:
+        await worker.run()
+    finally:
+        server.shutdown()
+        await redis.aclose()

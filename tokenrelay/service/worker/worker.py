@@ -1,0 +1,209 @@
+"""A model worker's life: startup → run → drain → shutdown.
+
+The event loop claims requests, renews their leases and publishes; the engine's thread computes. Whatever this
+process holds when it dies is reclaimed by another worker, from the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from tokenrelay import __version__
+from tokenrelay.model.engine.engine import Engine
+from tokenrelay.service.errors import BrokerUnavailable
+from tokenrelay.service.messages import WorkerFacts
+from tokenrelay.service.metrics import WorkerMetrics
+from tokenrelay.service.queue import Queue
+from tokenrelay.service.registry import Registry
+from tokenrelay.service.settings import Settings
+from tokenrelay.service.token_log import Publication, TokenLog
+from tokenrelay.service.worker.engine_thread import EngineThread
+from tokenrelay.service.worker.output_processor import OutputProcessor
+
+log = structlog.get_logger()
+
+
+class Worker:
+    """One engine and its connection to the broker."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        processor: OutputProcessor,
+        queue: Queue,
+        token_log: TokenLog,
+        registry: Registry,
+        metrics: WorkerMetrics,
+        settings: Settings,
+        model: str,
+    ) -> None:
+        self.worker_id = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._queue, self._token_log, self._registry = queue, token_log, registry
+        self._metrics, self._settings, self._model = metrics, settings, model
+        self._max_model_len = engine.max_model_len
+        self._held: dict[str, int] = {}  # request id → epoch, from claim to finish
+        self._wake = asyncio.Event()
+        self._drain = asyncio.Event()
+        self._outbox: asyncio.Queue[list[Publication]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._death: asyncio.Future[BaseException] = self._loop.create_future()
+        self._engine = EngineThread(
+            engine, processor, metrics, publish=self._hand_to_loop, on_death=self._note_death
+        )
+
+    def drain(self) -> None:
+        """Claim nothing more, finish what runs up to the limit, hand back the rest. (SIGTERM)"""
+        self._drain.set()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Serve until drained. Raises what ended the engine, for the process to exit non-zero."""
+        self._engine.start()
+        loops = [
+            asyncio.create_task(self._forever(turn, pause))
+            for turn, pause in (
+                (self._claim, 0.0),
+                (self._heartbeat, self._settings.heartbeat_seconds),
+                (self._publish, 0.0),
+                (self._listen, 0.0),
+            )
+        ]
+        try:
+            await self._until_drained_or_dead()
+            await self._hand_back()
+        finally:
+            for task in loops:
+                task.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)
+
+    # --- the four loops -------------------------------------------------------------------------------------------
+
+    async def _forever(self, turn: Callable[[], Awaitable[None]], pause: float) -> None:
+        """Repeat ``turn``; while the broker is gone try again, for it may come back."""
+        while True:
+            try:
+                await turn()
+                delay = pause
+            except BrokerUnavailable as error:
+                log.warning("broker unavailable", error=error.message)
+                delay = 0.25
+            await asyncio.sleep(delay)
+
+    async def _claim(self) -> None:
+        """Take what there is room for; then wait for a wake-up, or look again after a heartbeat's time."""
+        self._wake.clear()
+        state = self._engine.state
+        room = self._settings.max_num_seqs - max(len(self._held), state.num_choices)
+        if room > 0 and not state.num_waiting and not self._drain.is_set():
+            claims = await self._queue.claim(self.worker_id, room)
+            for claim in claims:
+                self._held[claim.submission.request_id] = claim.epoch
+                self._metrics.queue_time.observe(claim.queued_seconds)
+                self._metrics.prefill_tokens.inc(len(claim.submission.prompt_token_ids))
+                self._metrics.resumed_requests.inc(bool(claim.log))
+                self._engine.add(claim)
+        try:
+            await asyncio.wait_for(self._wake.wait(), self._settings.heartbeat_seconds)
+        except TimeoutError:
+            return
+
+    async def _heartbeat(self) -> None:
+        """Renew before reclaiming: after a broker's outage our own leases may have run out, unclaimed."""
+        renewal = await self._queue.renew(self.worker_id, self._held)
+        for request_id in renewal.lost:
+            self._lose(request_id)
+        for request_id in renewal.cancelled:
+            self._engine.cancel(request_id)
+        if await self._queue.reclaim():
+            self._wake.set()
+        await self._registry.announce(self._facts())
+
+    async def _publish(self) -> None:
+        """One step's publications, repeated until the broker has them: publishing is idempotent."""
+        publications = await self._outbox.get()
+        while True:
+            try:
+                await self._publish_once(publications)
+                break
+            except BrokerUnavailable:
+                await asyncio.sleep(0.1)
+        self._engine.published()
+        self._outbox.task_done()
+
+    async def _publish_once(self, publications: list[Publication]) -> None:
+        open_ended = [p for p in publications if not p.events[-1].terminal]
+        refused = await self._token_log.publish(self.worker_id, open_ended) if open_ended else []
+        for publication in publications:
+            if publication.events[-1].terminal:
+                if not await self._token_log.finish(self.worker_id, publication):
+                    refused.append(publication.request_id)
+                self._held.pop(publication.request_id, None)
+                self._wake.set()
+        for request_id in refused:
+            self._metrics.fenced_writes.inc()
+            self._lose(request_id)
+
+    async def _listen(self) -> None:
+        """Wake-ups make work start, and end, sooner; losing one costs a heartbeat."""
+        async for message in self._queue.wakeups():
+            verb, _, request_id = message.partition(" ")
+            if verb == "cancel" and request_id in self._held:
+                self._engine.cancel(request_id)
+            self._wake.set()
+
+    # --- the rest -------------------------------------------------------------------------------------------------
+
+    def _lose(self, request_id: str) -> None:
+        self._held.pop(request_id, None)
+        self._engine.drop(request_id)
+
+    async def _until_drained_or_dead(self) -> None:
+        drain = asyncio.create_task(self._drain.wait())
+        await asyncio.wait([drain, self._death], return_when=asyncio.FIRST_COMPLETED)
+        drain.cancel()
+        if self._death.done():
+            raise self._death.result()
+        await self._registry.announce(self._facts())
+        deadline = self._loop.time() + self._settings.drain_seconds
+        while self._held and self._loop.time() < deadline and not self._death.done():
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), min(0.25, max(0.0, deadline - self._loop.time())))
+            except TimeoutError:
+                continue
+
+    async def _hand_back(self) -> None:
+        """Stop computing, publish what is computed, and let other workers continue the rest."""
+        self._engine.stop()
+        await asyncio.to_thread(self._engine.join, 10.0)
+        await asyncio.sleep(0)  # what the thread handed over last is in the outbox now
+        await self._outbox.join()
+        for request_id, epoch in self._held.items():
+            await self._queue.release(self.worker_id, request_id, epoch)
+        log.info("drained", handed_back=len(self._held))
+        await self._registry.withdraw(self.worker_id)
+
+    def _facts(self) -> WorkerFacts:
+        state = self._engine.state
+        return WorkerFacts(
+            worker_id=self.worker_id,
+            model=self._model,
+            max_model_len=self._max_model_len,
+            step_counter=state.step_counter,
+            num_requests_running=state.num_running,
+            num_requests_waiting=state.num_waiting,
+            kv_cache_usage=state.kv_cache_usage,
+            draining=self._drain.is_set(),
+            version=__version__,
+        )
+
+    def _hand_to_loop(self, publications: list[Publication]) -> None:
+        self._loop.call_soon_threadsafe(self._outbox.put_nowait, publications)
+
+    def _note_death(self, error: BaseException) -> None:
+        self._loop.call_soon_threadsafe(self._death.set_result, error)
