@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kernels import native
@@ -18,6 +20,8 @@ from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear
 LINEARS = {"qkv": (576, 960), "out": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
 ROWS = (1, 4, 6, 16, 32, 64, 512)
 COLD_BYTES = 200e6  # weights touched in one round: well above the last-level cache
+CONTEXTS = ((1, 1, 512), (1, 1, 4096), (16, 1, 512), (64, 1, 512), (1, 512, 512), (1, 512, 2048))
+LAYERS = 30
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
 
 
@@ -46,7 +50,10 @@ def peak_operations() -> float:
     return 2 * 1024**3 / seconds(lambda: a @ a)
 
 
-def report(operation: str, size: str, elapsed: float, bytes_read: float, operations: float, limits: tuple[float, float]) -> None:
+def report(
+    operation: str, size: str, elapsed: float, bytes_read: float, operations: float, limits: tuple[float, float]
+) -> None:
+    """One line; the share is of whichever limit is the nearer one."""
     share = max(bytes_read / limits[0], operations / limits[1]) / elapsed
     print(
         f"{operation:12} {size:26} {elapsed * 1e6:10.1f} us {bytes_read / elapsed / 1e9:8.1f} GB/s"
@@ -61,43 +68,50 @@ def benchmark_linears(limits: tuple[float, float]) -> None:
         layers = [PackedLinear(weight) for _ in range(int(COLD_BYTES // weight_bytes) + 1)]
         for rows in ROWS:
             x = torch.randn(rows, in_features)
-            elapsed = seconds(lambda x=x, layers=layers: [layer(x) for layer in layers]) / len(layers)
+            elapsed = seconds(partial(apply_all, layers, x)) / len(layers)
             operations = 2 * rows * in_features * out_features
             report(name, f"{rows} x {in_features} -> {out_features}", elapsed, weight_bytes, operations, limits)
 
 
+def apply_all(layers: list[PackedLinear], x: Tensor) -> None:
+    for layer in layers:
+        layer(x)
+
+
 def benchmark_attention(limits: tuple[float, float]) -> None:
-    for requests, query, context in ((1, 1, 512), (1, 1, 4096), (16, 1, 512), (64, 1, 512), (1, 512, 512), (1, 512, 2048)):
+    for requests, query, context in CONTEXTS:
         blocks = context // BLOCK
-        layers = 30
         shapes = kernels.kv_cache_shapes(torch.device("cpu"), requests * blocks, BLOCK, KV_HEADS, HEAD_DIM)
-        caches = [[torch.randn(shape).bfloat16() for shape in shapes] for _ in range(layers)]
+        caches = [[torch.randn(shape).bfloat16() for shape in shapes] for _ in range(LAYERS)]
         tables = torch.randperm(requests * blocks).view(requests, blocks).int()
-        starts = torch.arange(requests + 1).int() * query
-        lengths = torch.full((requests,), context).int()
+        index = tables, torch.arange(requests + 1).int() * query, torch.full((requests,), context).int()
         q = torch.randn(requests * query, HEADS, HEAD_DIM)
-
-        def run(q: torch.Tensor = q, caches: list[list[torch.Tensor]] = caches, index: tuple[torch.Tensor, ...] = (tables, starts, lengths)) -> None:
-            for k_cache, v_cache in caches:
-                kernels.paged_attention(q, k_cache, v_cache, *index, HEAD_DIM**-0.5)
-
-        keys = query * (2 * context - query + 1) // 2  # (query, key) pairs that see each other
+        call = partial(attend_in_all_layers, q, caches, index)
+        pairs = requests * query * (2 * context - query + 1) // 2  # of a query and a key that it sees
         cache_bytes = requests * context * KV_HEADS * HEAD_DIM * 2 * 2
-        operations = requests * keys * HEADS * HEAD_DIM * 4
-        report("attention", f"{requests} x {query} of {context}", seconds(run) / layers, cache_bytes, operations, limits)
+        size = f"{requests} x {query} of {context}"
+        report("attention", size, seconds(call) / LAYERS, cache_bytes, pairs * HEADS * HEAD_DIM * 4, limits)
+
+
+def attend_in_all_layers(q: Tensor, caches: list[list[Tensor]], index: tuple[Tensor, Tensor, Tensor]) -> None:
+    for k_cache, v_cache in caches:
+        kernels.paged_attention(q, k_cache, v_cache, *index, HEAD_DIM**-0.5)
 
 
 def benchmark_rows(limits: tuple[float, float]) -> None:
     for rows in (1, 16, 512):
         x, residual, weight = torch.randn(rows, 576), torch.randn(rows, 576), torch.ones(576)
         gate_up, qkv = torch.randn(rows, 3072), torch.randn(rows, 960)
-        shapes = kernels.kv_cache_shapes(torch.device("cpu"), rows, BLOCK, KV_HEADS, HEAD_DIM)
-        caches = [torch.zeros(shape).bfloat16() for shape in shapes]
+        k_shape, v_shape = kernels.kv_cache_shapes(torch.device("cpu"), rows, BLOCK, KV_HEADS, HEAD_DIM)
+        k_cache, v_cache = torch.zeros(k_shape).bfloat16(), torch.zeros(v_shape).bfloat16()
         index, table = torch.arange(rows), torch.randn(rows, HEAD_DIM)
         calls: dict[str, tuple[Callable[[], object], int]] = {
-            "add_rms_norm": (lambda a=(x, residual, weight): kernels.add_rms_norm(*a, 1e-5), rows * 576 * 8),
-            "silu, gated": (lambda x=gate_up: kernels.gated_activation(x, "silu"), rows * 3072 * 4),
-            "rotate+cache": (lambda a=(qkv, index, table, *caches, index): kernels.rotate_and_cache(*a, HEADS, KV_HEADS), rows * 960 * 4),
+            "add_rms_norm": (partial(kernels.add_rms_norm, x, residual, weight, 1e-5), rows * 576 * 8),
+            "gated silu": (partial(kernels.gated_activation, gate_up, "silu"), rows * 3072 * 4),
+            "rotate+cache": (
+                partial(kernels.rotate_and_cache, qkv, index, table, k_cache, v_cache, index, HEADS, KV_HEADS),
+                rows * 960 * 4,
+            ),
         }
         for name, (call, bytes_read) in calls.items():
             report(name, f"{rows} rows", seconds(call), bytes_read, 0, limits)

@@ -32,7 +32,7 @@ class ChatTemplateError(ValueError):
 class _Generation(Extension):
     """``{% generation %}`` marks what to train on; here its body is simply rendered."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it on the instance)
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         line = next(parser.stream).lineno
@@ -72,7 +72,9 @@ class ChatTemplate:
     @cached_property
     def _compiled(self) -> Template:
         if self.source is None:
-            raise ChatTemplateError("this model has no chat template: send a prompt to completions, or use an instruct model")
+            raise ChatTemplateError(
+                "this model has no chat template: send a prompt to completions, or use an instruct model"
+            )
         try:
             return _environment().from_string(self.source)
         except TemplateError as error:

@@ -60,7 +60,9 @@ class ModelConfig:
         model_type = config.get("model_type")
         reader = _READERS.get(str(model_type))
         if reader is None:
-            raise UnsupportedModelError(f"model_type {model_type!r} is not supported; known: {', '.join(sorted(_READERS))}")
+            raise UnsupportedModelError(
+                f"model_type {model_type!r} is not supported; known: {', '.join(sorted(_READERS))}"
+            )
         return reader(config)
 
 

@@ -18,6 +18,7 @@ from tokenrelay.model.config import UnsupportedModelError
 from tokenrelay.model.weights.gguf_metadata import GGUFMetadata
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+_SPECIAL = (_UNKNOWN, _CONTROL)
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _TIKTOKEN = (
@@ -69,11 +70,10 @@ def build_gguf_tokenizer(metadata: GGUFMetadata) -> Tokenizer:
         raise UnsupportedModelError(f"{metadata.path}: tokenizer model {model!r} is not supported; known: gpt2, llama")
     tokens, types = metadata.strings("tokenizer.ggml.tokens"), _token_types(metadata)
     tokenizer = builder(metadata, tokens, types)
-    for token, kind in zip(tokens, types, strict=True):
-        if kind in (_UNKNOWN, _CONTROL):
-            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif kind == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    kinds = list(zip(tokens, types, strict=True))
+    special = [AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind in _SPECIAL]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED])
     return tokenizer
 
 
@@ -117,9 +117,9 @@ def _sentencepiece(metadata: GGUFMetadata, tokens: list[str], types: list[int]) 
     if len(scores) != len(tokens):
         raise metadata.error(f"has {len(tokens)} tokens, but scores for {len(scores)}")
     pieces = [(t, score) for t, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL]
-    unknown = special_token(metadata, "unknown") or next((t for t, k in zip(tokens, types, strict=True) if k == _UNKNOWN), None)
-    model = _bpe(metadata, tokens, _merges(pieces), byte_fallback=True, fuse_unk=True, unk_token=unknown)
-    tokenizer = Tokenizer(model)
+    unknown = special_token(metadata, "unknown")
+    merges = _merges(pieces)
+    tokenizer = Tokenizer(_bpe(metadata, tokens, merges, byte_fallback=True, fuse_unk=True, unk_token=unknown))
     prefix = metadata.boolean("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
@@ -168,5 +168,3 @@ def _add_bos_and_eos(tokenizer: Tokenizer, metadata: GGUFMetadata, *, adds_bos: 
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*first, "$A", *last], pair=[*first, "$A", *last, "$B"], special_tokens=ids
         )
-
-

@@ -6,54 +6,38 @@ the caller asks for it, and decoding works on bytes, so text can be streamed exa
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer as Backend
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
 from tokenrelay.model.chat_template import ChatTemplate, Markers
-from tokenrelay.model.config import UnsupportedModelError
 from tokenrelay.model.detokenizer import IncrementalDetokenizer
-from tokenrelay.model.gguf_tokenizer import build_gguf_tokenizer, special_token
-from tokenrelay.model.weights.config_reader import generation_eos_ids, gguf_eos_ids, read_json
-from tokenrelay.model.weights.errors import CheckpointError
-from tokenrelay.model.weights.gguf_metadata import read_gguf_metadata
+from tokenrelay.model.tokenizer_description import TokenizerDescription, describe_tokenizer
 from tokenrelay.model.weights.sources import ModelSource
-
-_GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
-    """One model's tokenizer. ``load`` builds the ``tokenizers`` object; two are needed, one per way to see special tokens.
+    """One model's tokenizer: ids as transformers gives them, and control over who may write special tokens.
 
-    The second reads special tokens' spellings as plain text, and knows each special token by a secret spelling
-    instead: what the chat template wrote is respelled, what a user wrote cannot be.
+    Holds two backends. The plain one reads special tokens' spellings as text, and knows each special token by a
+    secret spelling instead: what the chat template wrote is respelled, and what a user wrote cannot be.
     """
 
-    def __init__(
-        self,
-        load: Callable[[], Backend],
-        *,
-        chat_template: str | None = None,
-        special_tokens: Mapping[str, str] | None = None,
-        eos_token_ids: Sequence[int] = (),
-    ) -> None:
-        self._backend = _unpadded(load())
-        self._plain = _unpadded(load())
-        added = self._backend.get_added_tokens_decoder()
-        special = {i: token for i, token in added.items() if token.special}
-        self.special_ids = frozenset(special)
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.eos_token_ids = tuple(eos_token_ids)
-        self._byte_level, self.strips_leading_space = _decoding(self._backend)
+    def __init__(self, described: TokenizerDescription) -> None:
+        self._backend, self._plain = described.load(), described.load()
+        special = {i: t for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
         self._secrets = _Secrets(self._plain, special)
         self._markers = Markers(token.content for token in special.values())
-        self._template = ChatTemplate(chat_template, special_tokens or {})
+        self._template = ChatTemplate(described.chat_template, described.special_tokens)
+        self._token_bytes = described.token_bytes
+        self.strips_leading_space = described.strips_leading_space
+        self.special_ids = frozenset(special)
+        self.eos_token_ids = described.eos_token_ids
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._unknown_id = self._backend.token_to_id(getattr(self._backend.model, "unk_token", None) or "")
 
     @classmethod
@@ -64,7 +48,7 @@ class Tokenizer:
             UnsupportedModelError: a kind of tokenizer that is not known here.
             CheckpointError: its files are damaged or missing.
         """
-        return _from_gguf(source.path) if source.kind == "gguf" else _from_folder(source.path)
+        return cls(describe_tokenizer(source))
 
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool = True) -> list[int]:
         """The ids of ``text``; with ``add_special_tokens``, between the model's beginning and end tokens.
@@ -73,7 +57,7 @@ class Tokenizer:
         """
         if parse_special:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return self._encode_plain(text, add_special_tokens)
+        return self._encode_plain(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become replacement characters."""
@@ -83,9 +67,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that the token adds to a text (a special token: its spelling); none for an id without a token."""
         token = self._backend.id_to_token(token_id)
-        if token is None:
-            return b""
-        return _byte_level_bytes(token) if self._byte_level else _sentencepiece_bytes(token)
+        return b"" if token is None else self._token_bytes(token)
 
     def render_chat(
         self,
@@ -120,9 +102,20 @@ class Tokenizer:
             return self.encode(text, add_special_tokens=False)
         return self._encode_plain(self._secrets.respell(text).replace(marker, ""), add_special_tokens=False)
 
-    def _encode_plain(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids = self._secrets.originals(self._plain.encode(text, add_special_tokens=add_special_tokens).ids)
+    def _encode_plain(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        encoding = self._plain.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = []
+        for i, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
+            if i in self.special_ids and not added and i != self._unknown_id:
+                ids += self._spelled_out(i)
+            else:
+                ids.append(self._secrets.original(i))
         return ids
+
+    def _spelled_out(self, token_id: int) -> list[int]:
+        """The token as single characters: some vocabularies can merge plain text into a special token."""
+        spelling = self._plain.id_to_token(token_id) or ""
+        return [part.id for character in spelling for part in self._plain.model.tokenize(character)]
 
 
 class _Secrets:
@@ -132,17 +125,23 @@ class _Secrets:
         backend.encode_special_tokens = True
         key = secrets.token_hex(8)
         self._spellings = {token.content: f"\uf8ff{key}.{i}\uf8ff" for i, token in special.items()}
-        self._originals: dict[int, int] = {}
-        for i, token in special.items():
-            secret = self._spellings[token.content]
-            options = {name: getattr(token, name) for name in ("lstrip", "rstrip", "normalized", "single_word")}
-            backend.add_tokens([AddedToken(secret, **options)])
-            self._originals[backend.token_to_id(secret)] = i
+        backend.add_tokens([_respelled(token, self._spellings[token.content]) for token in special.values()])
+        self._originals = {backend.token_to_id(self._spellings[token.content]): i for i, token in special.items()}
         longest_first = sorted(self._spellings, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def respell(self, text: str) -> str:
         return self._any.sub(lambda match: self._spellings[match[0]], text)
 
-    def originals(self, ids: Iterable[int]) -> list[int]:
-        return [self._originals.get(i, i) for i in ids]
+    def original(self, token_id: int) -> int:
+        return self._originals.get(token_id, token_id)
+
+
+def _respelled(token: AddedToken, content: str) -> AddedToken:
+    return AddedToken(
+        content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+    )

@@ -5,6 +5,7 @@ A client may send a command again when its reply was lost; every script of ours 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,7 +16,7 @@ from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
 from tokenrelay.service.errors import BrokerUnavailable
 
-BLOCK_SECONDS = 2.0  # how long one blocking read may wait
+BLOCK_SECONDS = 1.0  # how long one blocking read may wait, and so how long a shutdown may
 BLOCKING_SOCKET_TIMEOUT = 5.0  # above BLOCK_SECONDS, or every idle read would look like a dead broker
 SOCKET_TIMEOUT = 2.0
 MAX_CONNECTIONS = 32  # callers beyond wait their turn; redis-py's default is to fail at the hundredth
@@ -42,7 +43,13 @@ def connect(url: str, *, blocking: bool = False) -> Redis:
 
 @asynccontextmanager
 async def broker_errors() -> AsyncIterator[None]:
-    """Turn "the broker cannot do this now" into BrokerUnavailable; also a decorator: ``@broker_errors()``."""
+    """Turn "the broker cannot do this now" into BrokerUnavailable; also a decorator: ``@broker_errors()``.
+
+    Raises a cancellation again that redis-py swallowed: it sends with ``asyncio.wait_for``, which before Python 3.12
+    forgets a cancellation that arrives together with the result. Without this a task could not be stopped reliably.
+    """
+    task = asyncio.current_task()
+    cancellations = task.cancelling() if task else 0
     try:
         yield
     except (ConnectionError, TimeoutError) as error:
@@ -51,6 +58,9 @@ async def broker_errors() -> AsyncIterator[None]:
         if not _is_temporary(error):
             raise
         raise BrokerUnavailable("The broker refuses writes; try again shortly.", retry_after=RETRY_AFTER) from error
+    finally:
+        if task and task.cancelling() > cancellations:
+            raise asyncio.CancelledError
 
 
 def _is_temporary(error: ResponseError) -> bool:

@@ -22,6 +22,7 @@ app = typer.Typer(
     name="tokenrelay",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help=(
         "An LLM inference server whose streams survive the death of any of its processes.\n\n"
@@ -44,7 +45,7 @@ def _with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[...,
     """Give a command one option per named setting, and pass it the resulting ``Settings``."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
 
         def run(**options: Any) -> None:
             given = {name: options.pop(name) for name in names}

@@ -81,7 +81,7 @@ class EmbeddedValkey:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                preexec_fn=_die_with(os.getpid()),
+                preexec_fn=die_with_parent(signal.SIGTERM),
             )
         self._await_answer(log)
         return self.url
@@ -178,12 +178,13 @@ def _make_private(directory: Path) -> None:
     directory.chmod(0o700)
 
 
-def _die_with(parent: int) -> Callable[[], None]:
-    """What the child does before it becomes the server: ask the kernel for SIGTERM when its parent is gone."""
+def die_with_parent(signum: signal.Signals) -> Callable[[], None]:
+    """What a child does before it becomes its program: ask the kernel for this signal when its parent is gone."""
+    parent = os.getpid()
 
     def in_child() -> None:
         if _libc is not None:
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            _libc.prctl(_PR_SET_PDEATHSIG, signum)
             if os.getppid() != parent:  # it died in between
                 os._exit(1)
 

@@ -17,7 +17,8 @@ from redis.asyncio import Redis
 from tokenrelay.service.broker import BLOCK_SECONDS, broker_errors
 from tokenrelay.service.errors import BrokerUnavailable
 from tokenrelay.service.keys import MAILBOX_TTL, Keys
-from tokenrelay.service.messages import Event, decode_deliveries
+from tokenrelay.service.lua import Scripts
+from tokenrelay.service.messages import Event, MessageError, decode_deliveries
 from tokenrelay.service.token_log import TokenLog
 
 BUFFER_EVENTS = 256  # per subscription; a client further behind is served from the log
@@ -32,7 +33,7 @@ class Mailbox:
         self.name = api_id
         self._key = keys.mailbox(api_id)
         self._blocking_redis = blocking_redis
-        self._redis = redis
+        self._scripts = Scripts(redis, keys)
         self._token_log = token_log
         self._subscriptions: defaultdict[str, set[Subscription]] = defaultdict(set)
         self._read = 0  # entries count 0-1, 0-2 …
@@ -50,31 +51,27 @@ class Mailbox:
         """Read for ever; broker restarts are survived."""
         while True:
             try:
-                await self._open()
-                while await self._alive():
+                await self._start_over()
+                while True:
+                    await self._renew()
                     await self._deliver_next()
             except BrokerUnavailable:
                 await asyncio.sleep(RECONNECT_SECONDS)
 
-    @broker_errors()
-    async def _open(self) -> None:
-        """Create the stream if it is gone, continue at its end, and catch up from the logs."""
-        if not await self._redis.exists(self._key):
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.xadd(self._key, {"d": b"\x90"}, id="0-*")
-                pipeline.expire(self._key, MAILBOX_TTL)
-                await pipeline.execute()
-        newest: Any = await self._redis.xrevrange(self._key, count=1)
-        self._read = _number(newest[0][0])
+    async def _start_over(self) -> None:
+        """Continue at the newest entry, and read what came before from the logs."""
+        self._read = await self._open()
         self._catch_up()
 
-    @broker_errors()
-    async def _alive(self) -> bool:
-        """Renew the stream's TTL in time; False if the broker lost it."""
-        if time.monotonic() < self._renew_at:
-            return True
+    async def _renew(self) -> None:
+        """Keep the stream alive. A broker that lost data counts its entries from an earlier number."""
+        if time.monotonic() >= self._renew_at and await self._open() < self._read:
+            await self._start_over()
+
+    async def _open(self) -> int:
+        newest = await self._scripts.call("open_mailbox", [self._key], MAILBOX_TTL)
         self._renew_at = time.monotonic() + MAILBOX_TTL / 4
-        return bool(await self._redis.expire(self._key, MAILBOX_TTL))
+        return int(newest)
 
     @broker_errors()
     async def _deliver_next(self) -> None:
@@ -89,7 +86,12 @@ class Mailbox:
             self._deliver(fields[b"d"])
 
     def _deliver(self, entry: bytes) -> None:
-        for delivery in decode_deliveries(entry):
+        try:
+            deliveries = decode_deliveries(entry)
+        except MessageError:  # from a worker of another version
+            self._catch_up()
+            return
+        for delivery in deliveries:
             for subscription in self._subscriptions.get(delivery.request_id, ()):
                 subscription.offer(delivery.index, delivery.event)
 
@@ -179,14 +181,14 @@ class Subscription:
 
     async def _read_log(self) -> None:
         self._behind = False  # before reading: what arrives meanwhile may set it again
+        entries = None
         try:
             entries = await self._token_log.read(self.request_id, self._next - 1, limit=BUFFER_EVENTS)
         except BrokerUnavailable:
-            self._behind = True
             await asyncio.sleep(RECONNECT_SECONDS)
-            return
-        self._behind = self._behind or len(entries) == BUFFER_EVENTS
-        self._buffer = max(deque(entries), self._buffer, key=len)  # both begin at the next event
+        finally:
+            self._behind = self._behind or entries is None or len(entries) == BUFFER_EVENTS
+        self._buffer = max(deque(entries or ()), self._buffer, key=len)  # both begin at the next event
 
 
 def _number(entry_id: bytes) -> int:

@@ -14,11 +14,10 @@ from enum import StrEnum
 from typing import NamedTuple, cast
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from tokenrelay.model.sampling_params import FinishReason
 from tokenrelay.service.broker import BLOCK_SECONDS, RETRY_AFTER, broker_errors
-from tokenrelay.service.errors import QueueFull, ServiceError, WorkerLost
+from tokenrelay.service.errors import BrokerUnavailable, QueueFull, ServiceError, WorkerLost
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.lua import Scripts, packed
 from tokenrelay.service.messages import (
@@ -103,6 +102,7 @@ class Queue:
         self._max_attempts = settings.max_attempts
         self._lease_ms = int(settings.lease_seconds * 1000)
         self._retention_ms = int(settings.retention_seconds * 1000)
+        self._claiming = asyncio.Lock()
         self._claim_token = uuid.uuid4().hex
 
     async def submit(self, submission: Submission, *, mailbox: str, idempotency_key: str | None = None) -> Submitted:
@@ -123,9 +123,10 @@ class Queue:
     async def claim(self, worker_id: str, limit: int) -> list[Claim]:
         """Lease up to ``limit`` requests, in the queue's order. Those that need no work are ended on the way."""
         keys = [self._keys.waiting, self._keys.leases, self._keys.fair, self._keys.claim(worker_id)]
-        reply = await self._scripts.call("claim", keys, worker_id, limit, self._lease_ms, self._claim_token)
-        self._claim_token = uuid.uuid4().hex  # only now: a call that failed is repeated under its old token
-        claims = [await self._open(worker_id, _Leased(*fields)) for fields in reply]
+        async with self._claiming:
+            reply = await self._scripts.call("claim", keys, worker_id, limit, self._lease_ms, self._claim_token)
+            claims = [await self._open(worker_id, _Leased(*fields)) for fields in reply]
+            self._claim_token = uuid.uuid4().hex  # only now: after a failure the same requests must be found again
         return [claim for claim in claims if claim]
 
     async def renew(self, worker_id: str, held: Mapping[str, int]) -> Renewal:
@@ -173,17 +174,19 @@ class Queue:
     async def wakeups(self) -> AsyncIterator[str]:
         """``submit`` and ``cancel <id>`` as they happen. May lose some: claim and renew tell the same, later."""
         while True:
-            with suppress(RedisError):
+            with suppress(BrokerUnavailable):
                 async for message in self._listen():
                     yield message
             await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _listen(self) -> AsyncIterator[str]:
         async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
-            await channel.subscribe(self._keys.wakeup)
+            async with broker_errors():
+                await channel.subscribe(self._keys.wakeup)
             yield "submit"  # whatever was said while nobody listened
             while True:
-                message = await channel.get_message(timeout=BLOCK_SECONDS)
+                async with broker_errors():
+                    message = await channel.get_message(timeout=BLOCK_SECONDS)
                 if message:
                     yield message["data"].decode()
 

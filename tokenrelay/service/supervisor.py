@@ -88,7 +88,7 @@ class _Supervisor:
                 *(sys.executable, "-m", "tokenrelay", process, *options),
                 env=self._settings.as_environment(),
                 pass_fds=[self._listener.fileno()],
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent(signal.SIGKILL),
                 start_new_session=True,  # a Ctrl-C reaches this process only, which then drains in order
             )
             self._processes[process] = child

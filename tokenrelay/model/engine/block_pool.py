@@ -97,7 +97,9 @@ class BlockPool:
             for block in table:
                 held[block] += 1
         if held != self._ref_counts:
-            wrong = [(b, held[b], self._ref_counts[b]) for b in range(self.num_blocks) if held[b] != self._ref_counts[b]]
+            wrong = [
+                (b, held[b], self._ref_counts[b]) for b in range(self.num_blocks) if held[b] != self._ref_counts[b]
+            ]
             raise BlockPoolError(f"(block, references held, references counted) differ: {wrong[:8]}")
         unheld = {block for block, count in enumerate(held) if count == 0}
         if unheld != self._free.keys():

@@ -26,7 +26,7 @@ class Engine:
         self.scheduler = scheduler
         self.max_model_len = max_model_len  # prompt and output of one request, in tokens
         self.step_counter = 0
-        self._runner = runner
+        self.runner = runner
         self._requests: dict[str, Request] = {}
 
     @classmethod
@@ -73,7 +73,7 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Compute one batch: at most one new token per running request."""
         scheduled = self.scheduler.schedule()
-        sampled = self._runner.execute(scheduled)
+        sampled = self.runner.execute(scheduled)
         outputs = self.scheduler.update(scheduled, sampled)
         return self._forget_finished(outputs)
 

@@ -119,9 +119,9 @@ def _llama(metadata: GGUFMetadata) -> dict[str, Any]:
     _refuse_other_llamas(metadata)
     heads = metadata.count("llama.attention.head_count")
     hidden = metadata.count("llama.embedding_length")
-    rotary = metadata.count("llama.rope.dimension_count", max(1, hidden // heads))
-    head_dim = metadata.count("llama.attention.key_length", rotary)
-    if rotary != head_dim or metadata.count("llama.attention.value_length", head_dim) != head_dim:
+    head_dim = metadata.count("llama.attention.key_length", max(1, hidden // heads))
+    same = ("llama.attention.value_length", "llama.rope.dimension_count")
+    if any(metadata.count(key, head_dim) != head_dim for key in same):
         raise UnsupportedModelError(
             f"{metadata.path}: rope on part of a head, or another size for values, is not built"
         )

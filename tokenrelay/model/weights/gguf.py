@@ -20,7 +20,9 @@ from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.weights.config_reader import config_from_gguf
 from tokenrelay.model.weights.gguf_metadata import GGUFMetadata, TensorInfo, read_gguf_metadata
 
-_CHUNK = 1 << 18  # elements dequantized at once: they fit the cache, and a call per row costs four times as much
+# Elements dequantized at once: they fit the cache, a call per row would cost four times as much, and torch does not
+# split so few among threads, which on a busy machine wait for each other.
+_CHUNK = 1 << 15
 
 _LLAMA_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -110,7 +112,7 @@ def _dequantized(
     """The tensor in ``dtype``, filled piece by piece so that no second copy of it is ever in memory."""
     kind, blocks = _blocks(info, data, metadata)
     values = torch.empty(info.shape, dtype=dtype)
-    pieces = values.view(-1).split(_CHUNK)
+    pieces = torch.split(values.view(-1), _CHUNK)
     blocks_per_piece = _CHUNK // GGML_QUANT_SIZES[kind][0]
     try:
         for i, piece in enumerate(pieces):

@@ -9,9 +9,8 @@ limit, lease_ms = tonumber(limit), tonumber(lease_ms)
 local now = now_ms()
 
 local function describe(id, request)
-  local payload, since = unpack(redis.call('HMGET', request_key(id), 'payload', 'waiting_since'))
-  return {id, request.epoch, request.attempts, payload, now - since, request.cancelled and 1 or 0,
-    redis.call('XRANGE', log_key(id), '-', '+')}
+  return {id, request.epoch, tonumber(field(id, 'attempts')), field(id, 'payload'), now - field(id, 'waiting_since'),
+    tonumber(field(id, 'cancelled') or 0), redis.call('XRANGE', log_key(id), '-', '+')}
 end
 
 local function repeated()
@@ -30,9 +29,9 @@ local function repeated()
 end
 
 local function lease(id, request)
-  request.epoch, request.attempts = request.epoch + 1, request.attempts + 1
-  redis.call('HSET', request_key(id), 'state', 'running', 'owner', worker,
-    'epoch', request.epoch, 'attempts', request.attempts)
+  request.epoch = request.epoch + 1
+  redis.call('HSET', request_key(id), 'state', 'running', 'owner', worker, 'epoch', request.epoch)
+  redis.call('HINCRBY', request_key(id), 'attempts', 1)
   redis.call('EXPIRE', request_key(id), LIVE_TTL)
   redis.call('EXPIRE', log_key(id), LIVE_TTL)
   redis.call('ZADD', leases, now + lease_ms, id)
@@ -40,7 +39,7 @@ end
 
 -- The virtual clock is the start of what is being served; tenants behind it have no debt, so need no entry.
 local function advance_clock(id)
-  local start = tonumber(redis.call('HGET', request_key(id), 'start') or 0)
+  local start = tonumber(field(id, 'start'))
   if start > tonumber(redis.call('ZSCORE', fair, 'clock') or 0) then
     redis.call('ZADD', fair, integer(start), 'clock')
     redis.call('ZREMRANGEBYSCORE', fair, '-inf', '(' .. integer(start))

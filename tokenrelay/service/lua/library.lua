@@ -18,12 +18,14 @@ local function integer(number) return string.format('%.0f', number) end
 
 -- The request, or nil if it is gone (expired, or the broker lost it).
 local function fetch(id)
-  local value = redis.call('HMGET', request_key(id),
-    'state', 'owner', 'epoch', 'attempts', 'next', 'mailboxes', 'score', 'cancelled')
+  local value = redis.call('HMGET', request_key(id), 'state', 'owner', 'epoch', 'next', 'mailboxes')
   if not value[1] then return nil end
-  return {state = value[1], owner = value[2], epoch = tonumber(value[3]), attempts = tonumber(value[4]),
-    next = tonumber(value[5]), mailboxes = value[6], score = value[7], cancelled = value[8] == '1'}
+  return {state = value[1], owner = value[2], epoch = tonumber(value[3]), next = tonumber(value[4]),
+    mailboxes = value[5]}
 end
+
+-- What only the rarer scripts want to know of it.
+local function field(id, name) return redis.call('HGET', request_key(id), name) end
 
 -- The fence: a worker that was given up may not touch its request again.
 local function owns(request, worker, epoch)
@@ -63,10 +65,10 @@ local function deliver()
 end
 
 -- Back to the queue at its old place; the log stays.
-local function requeue(id, request, attempts)
+local function requeue(id, attempts)
   redis.call('HSET', request_key(id), 'state', 'waiting', 'owner', '', 'attempts', attempts, 'waiting_since', now_ms())
   redis.call('ZREM', prefix .. 'leases', id)
-  redis.call('ZADD', prefix .. 'waiting', request.score, id)
+  redis.call('ZADD', prefix .. 'waiting', field(id, 'score'), id)
 end
 
 -- The request is over: no lease, no prompt, and only the retention to live.
@@ -77,11 +79,11 @@ local function conclude(id, retention_ms)
   redis.call('ZREM', prefix .. 'waiting', id)
   redis.call('PEXPIRE', request_key(id), retention_ms)
   redis.call('PEXPIRE', log_key(id), retention_ms)
-  local idempotency = redis.call('HGET', request_key(id), 'idempotency')
+  local idempotency = field(id, 'idempotency')
   if idempotency and idempotency ~= '' then redis.call('PEXPIRE', idempotency, retention_ms) end
 end
 
 local function bury(id, request, reason)
   redis.call('XADD', prefix .. 'dead', 'MAXLEN', DEAD_ENTRIES, '*', 'id', id, 'reason', reason,
-    'owner', request.owner, 'attempts', request.attempts, 'payload', redis.call('HGET', request_key(id), 'payload') or '')
+    'owner', request.owner, 'attempts', field(id, 'attempts'), 'payload', field(id, 'payload') or '')
 end

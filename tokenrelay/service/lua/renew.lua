@@ -14,7 +14,7 @@ for _, held in ipairs(cmsgpack.unpack(ARGV[4])) do
     redis.call('ZADD', KEYS[1], expiry, id)
     redis.call('EXPIRE', request_key(id), LIVE_TTL)
     redis.call('EXPIRE', log_key(id), LIVE_TTL)
-    if request.cancelled then cancelled[#cancelled + 1] = id end
+    if field(id, 'cancelled') then cancelled[#cancelled + 1] = id end
   end
 end
 return {lost, cancelled}

@@ -1,6 +1,6 @@
 """The operations of a decoder layer: one interface each, one implementation per device.
 
-T = tokens in the step, H = query heads, KV = key/value heads, D = head size, B = requests, M = most blocks of a request.
+T = tokens in the step, H = query heads, KV = key/value heads, D = head size, B = requests, M = blocks of the longest.
 Activations are fp32 on the CPU (weights and cache bf16 or fp32) and of the model's dtype on CUDA.
 
 | operation           | from                                                        | to                          |
@@ -36,8 +36,10 @@ _library = torch.library.Library("tokenrelay", "DEF")
 def _define(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Any]:
     """Declare one operation with its implementations, and return its entry point."""
     _library.define(name + schema)
-    _library.impl(name, getattr(native if native.is_available() else reference, name), "CPU")
-    _library.impl(name, getattr(cuda, name, None) or getattr(reference, name), "CUDA")
+    cpu = native if native.is_available() else reference
+    _library.impl(name, getattr(cpu, name), "CPU")  # type: ignore[no-untyped-call]
+    gpu = cuda if hasattr(cuda, name) else reference
+    _library.impl(name, getattr(gpu, name), "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"tokenrelay::{name}", fake, lib=_library)
     entry: Callable[..., Any] = getattr(torch.ops.tokenrelay, name).default
     return entry
@@ -86,8 +88,8 @@ def kv_cache_shapes(
     device: torch.device, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of one layer's K and V cache; create them zeroed. ``block_size`` is a multiple of 16."""
-    layout = cuda if device.type == "cuda" else reference
-    return layout.kv_cache_shapes(num_blocks, block_size, num_kv_heads, head_dim)
+    shapes = cuda.kv_cache_shapes if device.type == "cuda" else reference.kv_cache_shapes
+    return shapes(num_blocks, block_size, num_kv_heads, head_dim)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:

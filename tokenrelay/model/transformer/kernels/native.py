@@ -1,7 +1,7 @@
 """The CPU operations through the native library (``native/*.cpp``, compiled at install, loaded with ctypes).
 
-Promises batch invariance: an output row has the same bits whatever else is in the call, on any number of threads and any
-instruction set. Activations are fp32; weights and cache bf16 or fp32. What the kernels do not cover (other dtypes, odd
+Promises batch invariance: an output row has the same bits whatever else is in the call, on any number of threads and
+any instruction set. Activations are fp32; weights and cache bf16 or fp32. What the kernels do not cover (other dtypes, odd
 head sizes) goes to the torch reference, which does not promise that.
 """
 
@@ -110,13 +110,14 @@ if _LIBRARY is not None:
     _LIBRARY.tr_set_num_threads.argtypes = (c_int,)
 
 
-def _suits(x: Tensor, *stored: Tensor) -> bool:
+def _suits(x: Tensor, stored: Tensor, other: Tensor | None = None) -> bool:
     """Dense fp32 activations, and weights or cache of one dtype that the kernels read."""
     return (
         x.dtype is torch.float32
         and x.is_contiguous()
-        and stored[0].dtype in STORED
-        and all(t.dtype is stored[0].dtype and t.is_contiguous() for t in stored)
+        and stored.dtype in STORED
+        and stored.is_contiguous()
+        and (other is None or (other.dtype is stored.dtype and other.is_contiguous()))
     )
 
 
@@ -164,14 +165,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     x = x.contiguous()
-    if not _suits(x, weight, weight if bias is None else bias):
+    if not _suits(x, weight, bias):
         return reference.layer_norm(x, weight, bias, eps)
     return _norm(_layer_norm, x, None, weight, bias, eps)
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     x = x.contiguous()
-    if not (_suits(x, weight, weight if bias is None else bias) and _suits(residual, weight)):
+    if not (_suits(x, weight, bias) and _suits(residual, weight)):
         return reference.add_layer_norm(x, residual, weight, bias, eps)
     return _norm(_layer_norm, x, residual, weight, bias, eps)
 

@@ -1,8 +1,8 @@
 """Every operation in plain torch: obviously right, on any device, and the fallback where the native library is missing.
 
 Promises the values, not the bits: torch's own matrix product may depend on the number of rows. Shapes are in the
-package's docstring; the cache layout here is the CPU's (``k_cache[block, KV, D, slot]``, ``v_cache[block, KV, slot, D']``
-with D' = D rounded up to 16).
+package's docstring; the cache layout here is the CPU's: ``k_cache[block, KV, D, slot]`` and
+``v_cache[block, KV, slot, D']`` with D' = D rounded up to 16.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return F.layer_norm(
-        x.float(), (x.shape[-1],), weight.float(), None if bias is None else bias.float(), eps
-    ).to(x.dtype)
+    return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), None if bias is None else bias.float(), eps).to(
+        x.dtype
+    )
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

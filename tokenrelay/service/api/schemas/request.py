@@ -53,11 +53,9 @@ class GenerationRequest(RequestSchema):
     top_k: int | None = Field(None, ge=0, le=MAX_INT32, description="Default 0: off.")
     n: int | None = Field(None, ge=1, description="Choices to generate. Default 1.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Equal seeds give equal tokens. Default: random.")
-    stop: (
-        StopString
-        | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
-        | None
-    ) = Field(None, description="Strings that end a choice; they are not part of the text.")
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = Field(
+        None, description="Strings that end a choice; they are not part of the text."
+    )
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = Field(
         None, description="Token ids that end a choice."
     )

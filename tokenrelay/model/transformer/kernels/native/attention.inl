@@ -33,6 +33,14 @@ template <class W> struct AttentionTile {
         return (const W*)a.v_cache + ((block * a.num_kv_heads + kv_head) * block_size + position % block_size) * padded;
     }
 
+    // Brings the same keys of the next chunk into the cache: blocks are scattered, so the hardware cannot guess them.
+    TR_INLINE void prefetch_block(size_t position) const {
+        const char* k = (const char*)keys(position);
+        const char* v = (const char*)values(position);
+        for (size_t d = 0; d < dim; d += 64 / sizeof(W) / 16) __builtin_prefetch(k + d * block_size * sizeof(W), 0, 2);
+        for (size_t i = 0; i < 16 * padded * sizeof(W); i += 64) __builtin_prefetch(v + i, 0, 2);
+    }
+
     // scores[row][key] = sum over d ascending of q[row][d] * K[d][key]; hidden keys get -inf.
     template <int R, int P> TR_INLINE void score_blocks(size_t row, size_t start, size_t key) {
         f32x16 s[R][P];
@@ -114,6 +122,9 @@ template <class W> struct AttentionTile {
                 constexpr int R = decltype(rows)::value;
                 if (visible[row + R - 1] <= start) return;
                 size_t seen = least(visible[row + R - 1] - start, CHUNK);
+                if (row == 0)
+                    for (size_t next = start + CHUNK; next < least(start + 2 * CHUNK, most); next += 16)
+                        prefetch_block(next);
                 score<R>(row, start, seen);
                 for (int r = 0; r < R; r++) soften(row + r);
                 weigh<R>(row, start, seen);

@@ -1,0 +1,276 @@
+"""The native kernels equal the torch reference, and their bits depend on nothing but the row itself."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tokenrelay
+from tokenrelay.model.transformer import kernels
+from tokenrelay.model.transformer.kernels import native, reference
+from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, replace_linears
+
+BLOCK = 16
+WITHOUT_LIBRARY = """
+import torch
+from tokenrelay.model.transformer import kernels
+from tokenrelay.model.transformer.kernels import native
+from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear
+x, weight = torch.randn(3, 8), torch.randn(5, 8)
+torch.testing.assert_close(PackedLinear(weight)(x), x @ weight.T)
+assert kernels.rms_norm(x, torch.ones(8), 1e-5).shape == x.shape
+assert native.isa() == "none"
+print(native.why_unavailable())
+"""
+DTYPES = [torch.bfloat16, torch.float32]
+
+needs_native = pytest.mark.skipif(not native.is_available(), reason=native.why_unavailable() or "native library")
+pytestmark = needs_native
+
+
+@pytest.fixture(autouse=True)
+def restored_settings() -> Iterator[None]:
+    torch.manual_seed(0)
+    isa, threads = native.isa(), native.num_threads()
+    yield
+    native.set_isa(isa)
+    native.set_num_threads(threads)
+
+
+def test_without_the_library_the_reference_is_registered(tmp_path: Path) -> None:
+    package = tmp_path / "tokenrelay"
+    shutil.copytree(Path(tokenrelay.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    run = subprocess.run([sys.executable, "-c", WITHOUT_LIBRARY], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "not built" in run.stdout
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
+
+
+def cpu_cache(
+    blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, block_size: int = BLOCK
+) -> tuple[Tensor, Tensor]:
+    """A cache of random content: what a kernel must not read, it would show."""
+    k_shape, v_shape = kernels.kv_cache_shapes(torch.device("cpu"), blocks, block_size, kv_heads, head_dim)
+    return torch.randn(k_shape).to(dtype), torch.randn(v_shape).to(dtype)
+
+
+class PagedRequest:
+    """One request of random q, k, v in a cache with blocks out of order."""
+
+    def __init__(self, length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.length, self.heads, self.kv_heads, self.head_dim = length, heads, kv_heads, head_dim
+        self.qkv = torch.randn(length, (heads + 2 * kv_heads) * head_dim)
+        blocks = -(-length // BLOCK)
+        self.table = torch.randperm(blocks + 3)[:blocks].to(torch.int32)
+        angles = torch.randn(length, head_dim // 2)
+        self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+        self.k_cache, self.v_cache = cpu_cache(blocks + 3, kv_heads, head_dim, dtype)
+
+    def forward(self, begin: int, end: int) -> Tensor:
+        """Rotate, cache and attend for the tokens [begin, end), as one step of the engine."""
+        positions = torch.arange(begin, end)
+        slots = self.table[positions // BLOCK].long() * BLOCK + positions % BLOCK
+        qkv = self.qkv[begin:end]
+        caches = (self.k_cache, self.v_cache)
+        q = kernels.rotate_and_cache(qkv, positions, self.cos_sin, *caches, slots, self.heads, self.kv_heads)
+        starts, lengths = torch.tensor([0, end - begin]).int(), torch.tensor([end]).int()
+        return kernels.paged_attention(q, *caches, self.table.unsqueeze(0), starts, lengths, self.head_dim**-0.5)
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", [(1, 1), (7, 5), (64, 16), (100, 33), (576, 130)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 13, 70, 100])
+def test_linear_equals_the_reference(rows: int, features: tuple[int, int], dtype: torch.dtype) -> None:
+    layer = nn.Linear(*features).to(dtype)
+    x = torch.randn(rows, features[0])
+    assert layer.bias is not None
+    expected = reference.linear(x, layer.weight, layer.bias, features[1])
+    close(PackedLinear(layer.weight, layer.bias)(x), expected)
+    close(PackedLinear(layer.weight)(x), expected - layer.bias)
+
+
+def test_replace_linears_keeps_the_function() -> None:
+    network = nn.Sequential(nn.Linear(20, 30), nn.Sequential(nn.ReLU(), nn.Linear(30, 17, bias=False)))
+    x = torch.randn(4, 20)
+    before = network(x)
+    replace_linears(network)
+    assert not any(isinstance(module, nn.Linear) for module in network.modules())
+    close(network(x), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 16), (3, 5), (4, 33), (70, 576)])
+def test_norms_equal_the_reference(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, residual = torch.randn(shape), torch.randn(shape)
+    weight, bias = torch.randn(shape[1]).to(dtype), torch.randn(shape[1]).to(dtype)
+    close(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    close(kernels.layer_norm(x, weight, bias, 1e-5), reference.layer_norm(x, weight, bias, 1e-5))
+    summed = residual.clone()
+    close(kernels.add_rms_norm(x, summed, weight, 1e-5), reference.rms_norm(x + residual, weight, 1e-5))
+    assert torch.equal(summed, x + residual)
+    summed = residual.clone()
+    close(kernels.add_layer_norm(x, summed, weight, None, 1e-5), reference.layer_norm(summed, weight, None, 1e-5))
+    assert torch.equal(summed, x + residual)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_activations_equal_the_reference(kind: str) -> None:
+    edges = torch.tensor([-1e4, -100.0, -88.5, -87.0, 0.0, 88.5, 100.0, 1e4])
+    x = torch.cat((torch.randn(3, 50) * 4, edges.expand(3, 8)), dim=1)
+    close(kernels.activation(x, kind), reference.activation(x, kind))
+    close(kernels.gated_activation(x, kind), reference.gated_activation(x, kind))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 64])
+def test_rotate_and_cache_equals_the_reference(head_dim: int, rotary: bool, dtype: torch.dtype) -> None:
+    tokens, heads, kv_heads = 70, 6, 2
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim)
+    slots = torch.randperm(8 * BLOCK)[:tokens]
+    slots[5] = slots[9] = -1
+    positions, cos_sin = torch.randint(0, 50, (tokens,)), torch.randn(50, head_dim) if rotary else None
+    cache = cpu_cache(8, kv_heads, head_dim, dtype)
+    expected_cache = cache[0].clone(), cache[1].clone()
+    q = kernels.rotate_and_cache(qkv, positions, cos_sin, *cache, slots, heads, kv_heads)
+    close(q, reference.rotate_and_cache(qkv, positions, cos_sin, *expected_cache, slots, heads, kv_heads))
+    for written, expected in zip(
+        cache, expected_cache, strict=True
+    ):  # a bf16 value may round the other way after one fused multiply
+        torch.testing.assert_close(written, expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 16, 40, 64, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (9, 3), (8, 1)])
+def test_attention_equals_the_reference(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    query_lengths, lengths = [1, 20, 1, 33, 70], [1, 20, 150, 100, 77]
+    blocks = 40
+    caches = cpu_cache(blocks, kv_heads, head_dim, dtype)
+    q = torch.randn(sum(query_lengths), heads, head_dim)
+    tables = torch.stack([torch.randperm(blocks)[:10] for _ in lengths]).int()
+    starts = torch.tensor([0, *query_lengths]).cumsum(0).int()
+    arguments = (q, *caches, tables, starts, torch.tensor(lengths).int(), head_dim**-0.5)
+    close(kernels.paged_attention(*arguments), reference.paged_attention(*arguments))
+
+
+def test_blocks_may_be_larger_than_sixteen() -> None:
+    caches = cpu_cache(3, 2, 16, block_size=32)
+    table, starts, lengths = torch.tensor([[2, 0]]).int(), torch.tensor([0, 5]).int(), torch.tensor([50]).int()
+    arguments = (torch.randn(5, 4, 16), *caches, table, starts, lengths, 0.25)
+    close(kernels.paged_attention(*arguments), reference.paged_attention(*arguments))
+
+
+def test_head_sizes_beyond_the_kernels_fall_back() -> None:
+    caches = cpu_cache(2, 1, 272)
+    starts, lengths = torch.tensor([0, 2]).int(), torch.tensor([9]).int()
+    out = kernels.paged_attention(torch.randn(2, 1, 272), *caches, torch.tensor([[1]]).int(), starts, lengths, 0.1)
+    assert out.shape == (2, 272)
+
+
+# --- bits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_linear_does_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
+    layer = PackedLinear(torch.randn(100, 200).to(dtype), torch.randn(100))
+    x = torch.randn(200, 200)
+    alone = torch.cat([layer(x[i : i + 1]) for i in range(200)])
+    for rows in [*range(1, 41), 200]:
+        assert torch.equal(layer(x[:rows]), alone[:rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (9, 3), (8, 1)])
+def test_a_prefill_row_has_the_bits_of_a_decode_step(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    request = PagedRequest(150, heads, kv_heads, 24, dtype)
+    whole = request.forward(0, 150)
+    for chunk in (1, 7, 16, 64):
+        chunks = [request.forward(begin, min(begin + chunk, 150)) for begin in range(0, 150, chunk)]
+        assert torch.equal(torch.cat(chunks), whole)
+
+
+def test_attention_does_not_depend_on_the_other_requests() -> None:
+    k_cache, v_cache = cpu_cache(30, 3, 64, torch.bfloat16)
+    q, tables = torch.randn(3 + 60 + 1, 9, 64), torch.stack([torch.randperm(30)[:20] for _ in range(3)]).int()
+    starts, lengths = torch.tensor([0, 3, 63, 64]).int(), torch.tensor([300, 80, 77]).int()
+    together = kernels.paged_attention(q, k_cache, v_cache, tables, starts, lengths, 0.125)
+    for b in range(3):
+        begin, end = int(starts[b]), int(starts[b + 1])
+        start, length, table = torch.tensor([0, end - begin]).int(), lengths[b : b + 1], tables[b : b + 1]
+        alone = kernels.paged_attention(q[begin:end], k_cache, v_cache, table, start, length, 0.125)
+        assert torch.equal(alone, together[begin:end])
+
+
+def everything() -> list[Tensor]:
+    """The output of every operation on fixed inputs."""
+    torch.manual_seed(1)
+    x, weight, bias = torch.randn(40, 100), torch.randn(100), torch.randn(100)
+    kinds = ("silu", "gelu", "gelu_tanh", "relu")
+    return [
+        PackedLinear(torch.randn(130, 100).bfloat16(), torch.randn(130))(x),
+        PackedLinear(torch.randn(130, 100))(x),
+        kernels.rms_norm(x, weight, 1e-5),
+        kernels.layer_norm(x, weight, bias, 1e-5),
+        *(kernels.gated_activation(x * 10, kind) for kind in kinds),
+        PagedRequest(100, 9, 3, 24, torch.bfloat16).forward(0, 100),
+        PagedRequest(200, 4, 4, 64, torch.float32).forward(0, 200),
+    ]
+
+
+def same_bits(vary: Callable[[], object]) -> bool:
+    before = everything()
+    vary()
+    return all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+
+
+@pytest.mark.parametrize("isa", native.ISA_NAMES)
+def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
+    def change() -> None:
+        if not native.set_isa(isa):
+            pytest.skip(f"this processor has no {isa}")
+
+    assert same_bits(change)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_does_not_matter(threads: int) -> None:
+    assert same_bits(lambda: native.set_num_threads(threads))
+
+
+# --- the GPU's calls, without a GPU ---------------------------------------------------------------------------------
+
+
+def test_the_cuda_operations_accept_their_shapes() -> None:
+    heads, kv_heads, head_dim, tokens = 8, 2, 64, 7
+    with FakeTensorMode():
+        device = torch.device("cuda")
+        shapes = kernels.kv_cache_shapes(device, 10, BLOCK, kv_heads, head_dim)
+        k_cache, v_cache = (torch.empty(shape, dtype=torch.bfloat16, device=device) for shape in shapes)
+        qkv = torch.empty(tokens, (heads + 2 * kv_heads) * head_dim, dtype=torch.bfloat16, device=device)
+        index = torch.empty(tokens, dtype=torch.int64, device=device)
+        cos_sin = torch.empty(100, head_dim, device=device)
+        tables, starts, lengths = (
+            torch.empty(2, 5, dtype=torch.int32, device=device),
+            torch.empty(3, dtype=torch.int32, device=device),
+            torch.empty(2, dtype=torch.int32, device=device),
+        )
+        for layer in (kernels, kernels.cuda):  # the registered shapes, then the calls themselves
+            q = layer.rotate_and_cache(qkv, index, cos_sin, k_cache, v_cache, index, heads, kv_heads)
+            assert (q.shape, q.dtype, q.device.type) == ((tokens, heads, head_dim), torch.bfloat16, "cuda")
+            out = layer.paged_attention(q, k_cache, v_cache, tables, starts, lengths, 0.125)
+            assert (out.shape, out.dtype, out.device.type) == ((tokens, heads * head_dim), torch.bfloat16, "cuda")

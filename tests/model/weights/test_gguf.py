@@ -1,0 +1,199 @@
+"""GGUF tensors equal transformers' layout; damaged files end in an error that names the damage."""
+
+from __future__ import annotations
+
+import random
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFWriter
+from gguf.quants import dequantize
+from transformers import PreTrainedModel
+
+from tests.model.weights.networks import expected_tensors, tiny_gpt2, tiny_llama, write_gguf
+from tokenrelay.model.config import ModelConfig, UnsupportedModelError
+from tokenrelay.model.weights.checkpoint import open_checkpoint
+from tokenrelay.model.weights.config_reader import config_from_gguf, read_model_config
+from tokenrelay.model.weights.errors import CheckpointError
+from tokenrelay.model.weights.gguf import GGUFCheckpoint
+from tokenrelay.model.weights.gguf_metadata import read_gguf_metadata
+from tokenrelay.model.weights.sources import ModelSource, resolve
+
+TOLERANCE = {
+    Kind.F32: 0.0,
+    Kind.F16: 1e-4,
+    Kind.BF16: 1e-3,
+    Kind.Q8_0: 1e-3,
+    Kind.Q5_1: 1e-2,
+    Kind.Q4_0: 2e-2,
+    Kind.Q4_1: 2e-2,
+}
+
+
+@pytest.mark.parametrize("make", [tiny_llama, lambda: tiny_llama(tie=False), tiny_gpt2])
+@pytest.mark.parametrize("kind", TOLERANCE, ids=lambda kind: kind.name)
+def test_tensors_equal_the_state_dict(make: Callable[[], PreTrainedModel], kind: Kind, tmp_path: Path) -> None:
+    model, path = make(), tmp_path / "tiny.gguf"
+    write_gguf(model, path, kind)
+    found, expected = dict(GGUFCheckpoint(path).tensors()), expected_tensors(model)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].is_contiguous()
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=TOLERANCE[kind])
+
+
+@pytest.mark.parametrize("make", [tiny_llama, lambda: tiny_llama(tie=False), tiny_gpt2])
+def test_config_equals_that_of_the_folder(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    model, path = make(), tmp_path / "tiny.gguf"
+    write_gguf(model, path)
+    expected = ModelConfig.from_hf(model.config.to_dict())
+    found = open_checkpoint(resolve(str(path))).config()
+    assert found.norm_eps == pytest.approx(expected.norm_eps, rel=1e-6)
+    unlike = {f for f in expected.__slots__ if getattr(found, f) != getattr(expected, f)}
+    assert unlike <= {"norm_eps"}
+
+
+def test_large_tensors_are_whole(tmp_path: Path) -> None:
+    """More elements than are dequantized at once, and not a multiple of them."""
+    path = tmp_path / "large.gguf"
+    write_gguf(tiny_llama(), path)
+    rows = np.random.default_rng(0).standard_normal((5000, 64), dtype=np.float32)
+    model = tiny_llama()
+    model.model.embed_tokens.weight = torch.nn.Parameter(torch.from_numpy(rows))
+    write_gguf(model, path, Kind.Q8_0)
+    found = dict(GGUFCheckpoint(path).tensors())["model.embed_tokens.weight"]
+    torch.testing.assert_close(found, torch.from_numpy(rows), rtol=0, atol=2e-2)
+
+
+def test_smollm2_reads_as_the_gguf_package_dequantizes(smollm2_path: Path) -> None:
+    metadata, name = read_gguf_metadata(smollm2_path), "model.layers.7.mlp.down_proj.weight"
+    shapes, found = {}, torch.empty(0)
+    for found_name, tensor in GGUFCheckpoint(smollm2_path).tensors(torch.bfloat16):
+        shapes[found_name] = tensor.shape
+        found = tensor if found_name == name else found
+    assert len(shapes) == len(metadata.tensors) == 272
+    info = metadata.tensors["blk.7.ffn_down.weight"]
+    raw = np.memmap(smollm2_path, np.uint8, "r")[info.offset :][: 576 * 1536 // 32 * 20]
+    expected = torch.from_numpy(dequantize(raw.reshape(576, -1), Kind(info.ggml_type))).bfloat16()
+    assert torch.equal(found, expected)
+
+
+def test_smollm2_config(smollm2_path: Path) -> None:
+    start = time.perf_counter()
+    config = read_model_config(ModelSource("smollm2", smollm2_path, "gguf"))
+    assert time.perf_counter() - start < 1.0  # the gguf package's reader takes several seconds
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
+    assert (config.rope_theta, config.tie_word_embeddings, config.eos_token_ids) == (100_000.0, True, (2,))
+
+
+def with_metadata(path: Path, add: Callable[[GGUFWriter], None], tensor: str | None = None) -> Path:
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_feed_forward_length(96)
+    writer.add_layer_norm_rms_eps(1e-5)
+    add(writer)
+    shapes = {"token_embd.weight": (96, 64), "blk.0.attn_norm.weight": (64,), "blk.0.ffn_up.weight": (96, 64)}
+    for name, shape in (shapes | ({tensor: (8,)} if tensor else {})).items():
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        (lambda w: w.add_string("llama.rope.scaling.type", "linear"), "rope scaling"),
+        (lambda w: w.add_expert_count(8), "experts"),
+        (lambda w: w.add_rope_dimension_count(8), "part of a head"),
+        (lambda w: w.add_sliding_window(64), "sliding"),
+    ],
+)
+def test_other_networks_of_the_same_name_are_refused(
+    add: Callable[[GGUFWriter], None], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        GGUFCheckpoint(with_metadata(tmp_path / "x.gguf", add))
+
+
+def test_rope_factors_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="rope"):
+        GGUFCheckpoint(with_metadata(tmp_path / "x.gguf", lambda w: None, tensor="rope_freqs.weight"))
+
+
+def test_unknown_tensor_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"blk\.0\.mystery\.weight"):
+        list(GGUFCheckpoint(with_metadata(tmp_path / "x.gguf", lambda w: None, "blk.0.mystery.weight")).tensors())
+
+
+def test_type_that_cannot_be_dequantized_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    write_gguf(tiny_llama(), path)
+    name = b"blk.0.attn_v.weight"
+    content = bytearray(path.read_bytes())
+    at = content.index(name) + len(name) + 4 + 16
+    assert struct.unpack_from("<I", content, at) == (Kind.F32,)
+    struct.pack_into("<I", content, at, Kind.Q8_1)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_v\.weight.*Q8_1"):
+        list(GGUFCheckpoint(path).tensors())
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"PK\x03\x04" + bytes(100), b"GGUF" + struct.pack("<IQQ", 1, 0, 0)])
+def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        read_gguf_metadata(path)
+
+
+def test_damaged_headers_are_refused_or_harmless(tmp_path: Path) -> None:
+    """400 seeded damages: flipped bytes, lengths of any size, truncations. Never another exception, never slow."""
+    path, random_ = tmp_path / "x.gguf", random.Random(0)
+    write_gguf(tiny_llama(), path)
+    good = path.read_bytes()
+    header = read_gguf_metadata(path).tensors["token_embd.weight"].offset
+    start, refused = time.perf_counter(), 0
+    for _ in range(400):
+        path.write_bytes(damaged(good, header, random_))
+        try:
+            list(GGUFCheckpoint(path).tensors())
+        except (CheckpointError, UnsupportedModelError):
+            refused += 1
+    assert refused > 200
+    assert time.perf_counter() - start < 20
+
+
+def damaged(good: bytes, header: int, random_: random.Random) -> bytes:
+    content, at = bytearray(good), random_.randrange(header)
+    match random_.randrange(3):
+        case 0:
+            content[at] ^= 1 << random_.randrange(8)
+        case 1:
+            struct.pack_into("<Q", content, at, random_.choice([2**64 - 1, 2**63, 2**40, len(good), 0]))
+        case _:
+            del content[random_.randrange(len(content)) :]
+    return bytes(content)
+
+
+def test_counts_that_the_tensors_contradict_are_refused(tmp_path: Path) -> None:
+    """Before a network of that size is allocated."""
+    path = tmp_path / "x.gguf"
+    write_gguf(tiny_llama(), path)
+    content = path.read_bytes()
+    key = b"llama.block_count"
+    at = content.index(key) + len(key) + 4
+    path.write_bytes(content[:at] + struct.pack("<I", 4_000_000_000) + content[at + 4 :])
+    with pytest.raises(CheckpointError, match=r"blk\.3999999999"):
+        config_from_gguf(read_gguf_metadata(path))

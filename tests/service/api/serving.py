@@ -1,0 +1,189 @@
+"""The API over a real socket, and a paced stand-in for the model worker."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+
+from tokenrelay.service.api.app import create_app
+from tokenrelay.service.api.process import ApiProcess
+from tokenrelay.service.api.served_model import ServedModel
+from tokenrelay.service.api.server import DrainingServer
+from tokenrelay.service.broker import connect
+from tokenrelay.service.keys import Keys
+from tokenrelay.service.messages import Error, Event, Usage, WorkerFacts
+from tokenrelay.service.queue import Claim, Queue, cancellation
+from tokenrelay.service.registry import Registry
+from tokenrelay.service.settings import Settings
+from tokenrelay.service.token_log import Publication, TokenLog
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running API process."""
+
+    base_url: str
+    port: int
+    settings: Settings
+    process: ApiProcess
+    uvicorn: DrainingServer
+
+    @property
+    def model(self) -> str:
+        return self.process.model.name
+
+    @property
+    def keys(self) -> Keys:
+        return Keys(self.model)
+
+    @property
+    def metrics(self) -> CollectorRegistry:
+        return self.process.metrics.registry
+
+
+@contextmanager
+def serving(settings: Settings, model: ServedModel) -> Iterator[Server]:
+    """Serve from a thread with an event loop of its own, as a process would."""
+    app = create_app(settings, model)
+    server = DrainingServer(app, settings)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            wait_for(lambda: server.started)
+            yield Server(f"http://127.0.0.1:{port}", port, settings, app.state.api, server)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.002)
+
+
+def words(count: int) -> str:
+    """What the paced worker writes for ``count`` tokens."""
+    return "".join(word(i) for i in range(count))
+
+
+def word(i: int) -> str:
+    return f" w{i}"
+
+
+@dataclass
+class PacedWorker:
+    """Claims like a worker, and publishes one token per ``pace`` and choice. Stops by itself after ``length``."""
+
+    queue: Queue
+    token_log: TokenLog
+    registry: Registry
+    model: str
+    length: int = 8
+    pace: float = 0.001
+    error: Error | None = None  # instead of the third token
+    announced: bool = True
+    draining: bool = False
+    cached_tokens: int = 0
+    gate: asyncio.Event = field(default_factory=asyncio.Event)  # the first token waits for it
+    claims: list[Claim] = field(default_factory=list)
+    cancelled: dict[str, float] = field(default_factory=dict)  # when, by id
+    steps: int = 0
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                await self.announce()
+                for claim in await self.queue.claim("paced", 64):
+                    self.claims.append(claim)
+                    tasks.create_task(self._serve(claim))
+                held = {claim.submission.request_id: claim.epoch for claim in self.claims}
+                for request_id in (await self.queue.renew("paced", held)).cancelled:
+                    self.cancelled.setdefault(request_id, time.monotonic())
+                await asyncio.sleep(0.003)
+
+    async def announce(self) -> None:
+        self.steps += 1
+        if self.announced:
+            await self.registry.announce(
+                WorkerFacts(
+                    worker_id="paced",
+                    model=self.model,
+                    max_model_len=2048,
+                    step_counter=self.steps,
+                    num_requests_running=1,
+                    draining=self.draining,
+                )
+            )
+
+    async def _serve(self, claim: Claim) -> None:
+        await self.gate.wait()
+        log: list[Event] = []
+        for i in range(self.length):
+            for choice in range(claim.submission.params.n):
+                events = self._events(claim, i, choice, log)
+                await self._publish(claim, events, len(log) + 1)
+                log += events
+                if log[-1].terminal:
+                    return
+            await asyncio.sleep(self.pace)
+
+    def _events(self, claim: Claim, i: int, choice: int, log: list[Event]) -> list[Event]:
+        params = claim.submission.params
+        if claim.submission.request_id in self.cancelled:
+            return cancellation(claim.submission, log)
+        if self.error and i == 2:
+            return [Event(error=self.error)]
+        last = i + 1 == min(self.length, params.max_tokens)
+        reason = None if not last else "length" if i + 1 == params.max_tokens else "stop"
+        usage = None
+        if last and choice + 1 == params.n:
+            prompt = len(claim.submission.prompt_token_ids)
+            usage = Usage(prompt_tokens=prompt, completion_tokens=(i + 1) * params.n, cached_tokens=self.cached_tokens)
+        return [Event(choice=choice, token_ids=[i], text=word(i), finish_reason=reason, usage=usage)]
+
+    async def _publish(self, claim: Claim, events: list[Event], index: int) -> None:
+        publication = Publication(claim.submission.request_id, claim.epoch, index, events)
+        if events[-1].terminal:
+            await self.token_log.finish("paced", publication)
+        else:
+            await self.token_log.publish("paced", [publication])
+
+
+@asynccontextmanager
+async def working(server: Server, *, held_back: bool = False, **fields: object) -> AsyncIterator[PacedWorker]:
+    """A paced worker for ``server``'s model; ``held_back`` leaves its gate closed."""
+    async with connect(server.settings.redis_url) as redis:
+        relay = (redis, server.keys, server.settings)
+        worker = PacedWorker(Queue(*relay), TokenLog(*relay), Registry(*relay), server.model, **fields)  # type: ignore[arg-type]
+        if not held_back:
+            worker.gate.set()
+        running = asyncio.create_task(worker.run())
+        yield worker
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        await worker.registry.withdraw("paced")
+
+
+def sse_events(text: str) -> list[dict[str, str]]:
+    """The fields of each event of a whole stream; a comment is the field ``""``."""
+    assert text.endswith("\n\n")
+    blocks = [block.splitlines() for block in text.split("\n\n")[:-1]]
+    return [dict(_field(line) for line in lines) for lines in blocks]
+
+
+def _field(line: str) -> tuple[str, str]:
+    name, _, value = line.partition(":")
+    return name, value.removeprefix(" ")

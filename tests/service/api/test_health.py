@@ -1,0 +1,188 @@
+"""Alive, ready, draining: what an orchestrator sees."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+from tests.service.api.serving import PacedWorker, Server, serving, wait_for, working, words
+from tokenrelay import __version__
+from tokenrelay.service.api.readiness import STALL_LEASES, Readiness
+from tokenrelay.service.api.served_model import ServedModel
+from tokenrelay.service.broker import connect
+from tokenrelay.service.embedded_valkey import EmbeddedValkey
+from tokenrelay.service.keys import Keys
+from tokenrelay.service.messages import WorkerFacts
+from tokenrelay.service.registry import Registry
+from tokenrelay.service.settings import Settings
+
+RUN_API = "from tokenrelay.service.api.server import run_api; from tokenrelay.service.settings import Settings; run_api({})"
+
+
+async def test_no_worker_is_not_ready_but_alive(server: Server, http: httpx.AsyncClient) -> None:
+    assert (await http.get("/livez")).status_code == 200
+    for path in ("/readyz", "/health"):
+        response = await http.get(path)
+        assert (response.status_code, response.json()["reason"]) == (503, "no worker is running")
+
+
+async def test_a_worker_makes_it_ready_until_it_drains(server: Server, http: httpx.AsyncClient) -> None:
+    async with working(server) as worker:
+        await until_status(http, 200)
+        worker.draining = True
+        await until_status(http, 503)
+
+
+async def until_status(http: httpx.AsyncClient, status: int) -> None:
+    async with asyncio.timeout(10):
+        while (await http.get("/readyz")).status_code != status:
+            pass
+
+
+async def test_a_request_without_a_worker_waits_for_one(server: Server, client: AsyncOpenAI) -> None:
+    asking = asyncio.create_task(client.completions.create(model=server.model, prompt="Once"))
+    async with connect(server.settings.redis_url) as redis:
+        while not await redis.zcard(server.keys.waiting):
+            assert not asking.done()
+    async with working(server):
+        assert (await asking).choices[0].text == words(8)
+
+
+class _Silent(Registry):
+    """One worker whose engine hangs while its heartbeat goes on."""
+
+    def __init__(self) -> None:
+        self.facts = WorkerFacts(
+            worker_id="w", model="m", max_model_len=1, step_counter=7, num_requests_running=1, num_requests_waiting=0
+        )
+
+    async def workers(self) -> list[WorkerFacts]:
+        return [self.facts]
+
+
+async def test_an_engine_that_stands_still_is_not_ready_however_often_it_says_hello(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry = _Silent()
+    readiness = Readiness(registry, Settings(lease_seconds=5))
+    now = time.monotonic()
+    monkeypatch.setattr("tokenrelay.service.api.readiness.time.monotonic", lambda: now)
+    assert await readiness.observe() is None
+    now += STALL_LEASES * 5 + 1
+    assert await readiness.observe() == "every worker is draining or makes no progress"
+    registry.facts = WorkerFacts(worker_id="w", model="m", max_model_len=1, step_counter=8, num_requests_running=1)
+    assert await readiness.observe() is None
+    registry.facts = WorkerFacts(worker_id="w", model="m", max_model_len=1, step_counter=8)
+    now += STALL_LEASES * 50
+    assert await readiness.observe() is None  # idle: there is no step to make
+
+
+async def test_a_dead_broker_is_503_with_retry_after_and_the_server_recovers(
+    tmp_path: Path, served_model: ServedModel
+) -> None:
+    broker = EmbeddedValkey(tmp_path / "valkey", memory_mb=32)
+    settings = Settings(redis_url=broker.start(), drain_seconds=0.5)
+    with serving(settings, served_model) as server:
+        async with httpx.AsyncClient(base_url=server.base_url, timeout=20) as http:
+            broker.stop()
+            response = await http.get("/readyz")
+            assert (response.status_code, response.json()["reason"]) == (503, "the broker does not answer")
+            fields = {"model": server.model, "prompt": "Once"}
+            refused = await http.post("/v1/completions", json=fields)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "broker_unavailable")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert (await http.get("/livez")).status_code == 200
+            broker.start()
+            async with working(server):
+                await until_status(http, 200)
+                assert (await http.post("/v1/completions", json=fields)).json()["choices"][0]["text"] == words(8)
+    broker.stop()
+
+
+async def test_version_and_documentation(server: Server, http: httpx.AsyncClient) -> None:
+    assert (await http.get("/version")).json() == {"version": __version__}
+    assert "swagger" in (await http.get("/docs")).text
+    schema = (await http.get("/openapi.json")).json()
+    content = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]
+    name = content["schema"]["$ref"].rpartition("/")[2]
+    assert {"messages", "stop", "max_completion_tokens"} <= schema["components"]["schemas"][name]["properties"].keys()
+    for reference in references(schema):
+        assert reference.rpartition("/")[2] in schema["components"]["schemas"]
+
+
+def references(node: object) -> list[str]:
+    if isinstance(node, dict):
+        own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+        return own + [reference for value in node.values() for reference in references(value)]
+    return [reference for value in node for reference in references(value)] if isinstance(node, list) else []
+
+
+async def test_a_large_prompt_does_not_hold_up_livez(server: Server, client: AsyncOpenAI) -> None:
+    """Tokenizing a megabyte takes longer than any probe may."""
+    text = "The quick brown fox jumps over the lazy dog. " * 25_000
+
+    async def ask() -> None:
+        await client.completions.with_raw_response.create(model=server.model, prompt=text)
+
+    asking = asyncio.create_task(ask())
+    slowest = 0.0
+    async with httpx.AsyncClient(base_url=server.base_url) as probe:
+        while not asking.done():
+            started = time.perf_counter()
+            await probe.get("/livez")
+            slowest = max(slowest, time.perf_counter() - started)
+    assert "context_length_exceeded" in str(asking.exception())
+    assert slowest < 0.3
+
+
+def test_importing_the_app_leaves_torch_out() -> None:
+    code = "import sys, tokenrelay.service.api.server; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class TestDrain:
+    """SIGTERM, on a process of its own."""
+
+    @pytest.fixture
+    def listener(self) -> socket.socket:
+        return socket.create_server(("127.0.0.1", 0))
+
+    async def test_streams_finish_and_the_exit_code_is_0(
+        self, url: str, smollm2_path: Path, loaded_model: ServedModel
+    ) -> None:
+        settings = Settings(redis_url=url, drain_seconds=20)
+        async with api_process(settings, smollm2_path, loaded_model) as (process, server):
+            async with working(server, held_back=True) as worker, AsyncOpenAI(
+                base_url=f"{server.base_url}/v1", api_key="none", max_retries=0
+            ) as client:
+                stream = await client.completions.create(model=server.model, prompt="Once", stream=True)
+                process.send_signal(signal.SIGTERM)
+                await refuses_connections(server)
+                worker.gate.set()
+                assert "".join([chunk.choices[0].text async for chunk in stream]) == words(8)
+            assert await asyncio.to_thread(process.wait, 10) == 0
+
+    async def test_streams_that_outlive_the_drain_end_with_an_error_and_their_request_goes_on(
+        self, url: str, smollm2_path: Path, loaded_model: ServedModel
+    ) -> None:
+        settings = Settings(redis_url=url, drain_seconds=0.3)
+        async with api_process(settings, smollm2_path, loaded_model) as (process, server):
+            async with working(server, held_back=True) as worker, httpx.AsyncClient(timeout=20) as http:
+                fields = {"model": server.model, "prompt": "Once", "stream": True}
+                async with http.stream("POST", f"{server.base_url}/v1/completions", json=fields) as response:
+                    process.send_signal(signal.SIGTERM)
+                    text = (await response.aread()).decode()
+                assert '"code":"unavailable"' in text
+                assert text.endswith("data: [DONE]\n\n")
+                assert await asyncio.to_thread(process.wait, 10) == 0
+                assert worker.cancelled == {}

@@ -1,0 +1,105 @@
+"""Framing: what stands on the wire, line by line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.service.api.conftest import ended, wait_for
+from tests.service.api.serving import Server, sse_events, working
+from tokenrelay.service.messages import Error
+
+
+def body(server: Server, **fields: Any) -> dict[str, Any]:
+    return {"model": server.model, "messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
+
+
+async def test_every_log_event_has_its_index_as_id_and_done_is_last(server: Server, http: httpx.AsyncClient) -> None:
+    async with working(server, length=3):
+        response = await http.post(
+            "/v1/chat/completions", json=body(server, stream_options={"include_usage": True})
+        )
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    *events, done = [event for event in sse_events(response.text) if "" not in event]
+    assert done == {"data": "[DONE]"}
+    # role, three tokens, finish, usage: the last three come from one log event, so only the last of them has its id
+    assert [event.get("id") for event in events] == [None, "1", "2", None, None, "3"]
+    assert json.loads(events[0]["data"])["choices"] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+    ]
+    assert json.loads(events[4]["data"])["choices"] == [
+        {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
+    ]
+
+
+async def test_several_prompts_share_a_stream_without_ids(server: Server, http: httpx.AsyncClient) -> None:
+    async with working(server, length=2):
+        fields = {"model": server.model, "prompt": ["a", "b"], "stream": True}
+        response = await http.post("/v1/completions", json=fields)
+    assert "id:" not in response.text
+
+
+async def test_a_silent_stream_is_kept_alive_by_comments(server: Server, http: httpx.AsyncClient) -> None:
+    async with (
+        working(server, held_back=True, length=2) as worker,
+        http.stream("POST", "/v1/chat/completions", json=body(server)) as response,
+    ):
+        lines = response.aiter_lines()
+        assert await anext(lines) == ": keep-alive"
+        worker.gate.set()
+        rest = [line async for line in lines]
+    assert rest[-2:] == ["data: [DONE]", ""]
+
+
+async def test_a_failure_before_the_first_token_is_an_error_object_and_done(
+    server: Server, http: httpx.AsyncClient
+) -> None:
+    async with working(server, error=Error(message="Lost.", code="worker_lost")):
+        response = await http.post("/v1/chat/completions", json=body(server))
+    error, done = [json_or_text(event) for event in sse_events(response.text)][-2:]
+    assert error == {"error": {"message": "Lost.", "type": "server_error", "param": None, "code": "worker_lost"}}
+    assert done == "[DONE]"
+    assert '"finish_reason":"' not in response.text
+
+
+async def test_the_same_failure_is_an_http_status_without_a_stream(server: Server, http: httpx.AsyncClient) -> None:
+    async with working(server, error=Error(message="Lost.", code="worker_lost")):
+        response = await http.post("/v1/chat/completions", json=body(server, stream=False))
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "worker_lost"
+    assert response.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_reader_of_a_request_cancelled_by_id_gets_an_error(
+    server: Server, http: httpx.AsyncClient, stream: bool
+) -> None:
+    before = ended(server, "cancelled")
+    async with working(server, held_back=True) as worker:
+        async with http.stream("POST", "/v1/chat/completions", json=body(server, stream=stream)) as response:
+            if stream:
+                assert response.status_code == 200
+            request_id = response.headers["x-request-id"]
+            await worker.queue.cancel(request_id)
+            worker.gate.set()
+            text = (await response.aread()).decode()
+    assert '"code":"cancelled"' in text
+    wait_for(lambda: ended(server, "cancelled") == before + 1)
+
+
+async def test_one_failed_prompt_ends_the_stream_and_cancels_the_others(
+    server: Server, http: httpx.AsyncClient
+) -> None:
+    async with working(server, error=Error(message="Lost.", code="worker_lost")):
+        fields = {"model": server.model, "prompt": ["a", "b"], "stream": True}
+        response = await http.post("/v1/completions", json=fields)
+    assert response.text.count('"worker_lost"') == 1
+    assert response.text.endswith("data: [DONE]\n\n")
+
+
+def json_or_text(event: dict[str, str]) -> Any:
+    return event["data"] if event["data"] == "[DONE]" else json.loads(event["data"])

@@ -1,0 +1,43 @@
+"""What routes ask for, by name."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from tokenrelay.service.api.admission import Admission
+from tokenrelay.service.api.process import ApiProcess
+from tokenrelay.service.api.readiness import Readiness
+from tokenrelay.service.api.served_model import ServedModel
+
+
+def _api(request: Request) -> ApiProcess:
+    api: ApiProcess = request.app.state.api
+    return api
+
+
+Api = Annotated[ApiProcess, Depends(_api)]
+
+
+def _admission(api: Api) -> Admission:
+    return api.admission
+
+
+def _model(api: Api) -> ServedModel:
+    return api.model
+
+
+def _readiness(api: Api) -> Readiness:
+    return api.readiness
+
+
+def _relay_id(request: Request) -> str:
+    relay_id: str = request.state.relay_id
+    return relay_id
+
+
+AdmissionDep = Annotated[Admission, Depends(_admission)]
+Model = Annotated[ServedModel, Depends(_model)]
+ReadinessDep = Annotated[Readiness, Depends(_readiness)]
+RelayId = Annotated[str, Depends(_relay_id)]  # what the broker calls this HTTP request's work

@@ -1,0 +1,83 @@
+"""Every error leaves in OpenAI's shape, with the headers that tell a client whether and when to try again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from tokenrelay.service.api.event_loop import ClientGone
+from tokenrelay.service.api.generation import GenerationFailed
+from tokenrelay.service.api.request_id import HEADER, request_id_of
+from tokenrelay.service.errors import InvalidRequestError, ServiceError
+
+DEFAULT_RETRY_AFTER = 1.0  # seconds
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    for kind, handler in (
+        (ServiceError, _refused),
+        (GenerationFailed, _failed),
+        (HTTPException, _http_error),
+        (RequestValidationError, _invalid),
+        (ClientGone, _gone),
+        (ClientDisconnect, _gone),
+        (Exception, _unexpected),
+    ):
+        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
+
+
+def error_response(
+    error: ServiceError, *, status: int | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    return JSONResponse(error.body(), status or error.status, {**retry_headers(error), **(headers or {})})
+
+
+def retry_headers(error: ServiceError) -> dict[str, str]:
+    """OpenAI's clients read all three; without the last they would retry every 500."""
+    if not error.retryable:
+        return {"x-should-retry": "false"}
+    seconds = error.retry_after or DEFAULT_RETRY_AFTER
+    return {
+        "Retry-After": str(math.ceil(seconds)),
+        "retry-after-ms": str(math.ceil(seconds * 1000)),
+        "x-should-retry": "true",
+    }
+
+
+async def _refused(request: Request, error: ServiceError) -> Response:
+    request.app.state.api.metrics.refused(error.code)
+    return error_response(error)
+
+
+async def _failed(request: Request, failure: GenerationFailed) -> Response:
+    """Not a refusal: the request was accepted, and its outcome is counted."""
+    return error_response(failure.error)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    path = f"{request.method} {request.url.path[:200]}"
+    message, code = {
+        404: (f"There is no route {path}; see /docs.", "not_found"),
+        405: (f"{path} is not allowed; see the Allow header.", "method_not_allowed"),
+    }.get(error.status_code, (str(error.detail), "invalid_request"))
+    return error_response(InvalidRequestError(message, code=code), status=error.status_code, headers=error.headers)
+
+
+async def _invalid(request: Request, error: RequestValidationError) -> Response:
+    return error_response(InvalidRequestError("The request's path or query is not valid; see /docs."))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # reaches nobody
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """Starlette answers with this above all middleware, so the request's id is added here."""
+    headers = {HEADER: request_id_of(request.scope)}
+    return error_response(ServiceError("The server failed; the error was logged."), headers=headers)

@@ -1,0 +1,49 @@
+"""The documentation of routes that read their bodies themselves, where FastAPI cannot see the schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from tokenrelay import __version__
+from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
+from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.schemas.errors import ErrorBody
+
+_REF = "#/components/schemas/{model}"
+_BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest)
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is at fault; the message says how."},
+    "5XX": {"model": ErrorBody, "description": "The server is at fault; Retry-After says when to try again."},
+}
+
+
+def documented(body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
+    """The arguments of a route decorator that describe its body and its answers."""
+    content = {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}}
+    return {
+        "response_model": None,
+        "responses": {200: {"model": answer, "description": "The answer, if it is not streamed."}, **ERRORS},
+        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+    }
+
+
+def add_openapi(app: FastAPI) -> None:
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _schema(app)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _schema(app: FastAPI) -> dict[str, Any]:
+    schema = get_openapi(title=app.title, version=__version__, routes=app.routes)
+    _, bodies = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_REF)
+    schema["components"]["schemas"].update(bodies["$defs"])
+    return schema

@@ -1,0 +1,84 @@
+"""The parts of one API process, wired together once, at its start."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import structlog
+
+from tokenrelay.service.api.admission import Admission
+from tokenrelay.service.api.generation import Generations
+from tokenrelay.service.api.readiness import Readiness
+from tokenrelay.service.api.served_model import ServedModel
+from tokenrelay.service.broker import connect
+from tokenrelay.service.errors import BrokerUnavailable
+from tokenrelay.service.keys import Keys
+from tokenrelay.service.mailbox import Mailbox
+from tokenrelay.service.metrics import ApiMetrics
+from tokenrelay.service.queue import Queue
+from tokenrelay.service.registry import Registry
+from tokenrelay.service.settings import Settings
+from tokenrelay.service.token_log import TokenLog
+
+FAREWELL_SECONDS = 3.0  # at exit, for cancellations that are still on their way
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiProcess:
+    settings: Settings
+    model: ServedModel
+    metrics: ApiMetrics
+    admission: Admission
+    queue: Queue
+    generations: Generations
+    readiness: Readiness
+
+
+@asynccontextmanager
+async def running(settings: Settings, model: ServedModel, metrics: ApiMetrics) -> AsyncIterator[ApiProcess]:
+    """An API process that listens to its mailbox. Needs no broker to start: it waits for one."""
+    keys = Keys(model.name)
+    redis, blocking_redis = connect(settings.redis_url), connect(settings.redis_url, blocking=True)
+    queue = Queue(redis, keys, settings)
+    mailbox = Mailbox(blocking_redis, redis, keys, TokenLog(redis, keys, settings), f"api-{uuid.uuid4().hex}")
+    process = ApiProcess(
+        settings=settings,
+        model=model,
+        metrics=metrics,
+        admission=Admission(model, settings.max_n),
+        queue=queue,
+        generations=Generations(queue, mailbox, metrics),
+        readiness=Readiness(Registry(redis, keys, settings), settings),
+    )
+    duties = [asyncio.create_task(mailbox.run()), asyncio.create_task(_refresh_gauges(process))]
+    for duty in duties:
+        duty.add_done_callback(_tell_if_dead)
+    try:
+        yield process
+        await process.generations.aclose(FAREWELL_SECONDS)
+    finally:
+        for duty in duties:
+            duty.cancel()
+        await asyncio.gather(*duties, return_exceptions=True)
+        await redis.aclose()
+        await blocking_redis.aclose()
+
+
+async def _refresh_gauges(process: ApiProcess) -> None:
+    while True:
+        with suppress(BrokerUnavailable):
+            process.metrics.num_requests_waiting.set(await process.queue.num_waiting())
+        await process.readiness.observe()
+        await asyncio.sleep(process.settings.heartbeat_seconds)
+
+
+def _tell_if_dead(duty: asyncio.Task[None]) -> None:
+    """A duty never ends by itself; if it does, that is a bug, and silence would hide it."""
+    if not duty.cancelled() and duty.exception():
+        log.critical("a background task of the API died", exc_info=duty.exception())

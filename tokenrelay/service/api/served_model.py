@@ -1,0 +1,44 @@
+"""What the API knows of the model it serves: enough to render, tokenize and judge lengths. No weights, no torch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.model.weights import read_model_config, resolve
+from tokenrelay.service.api.schemas.models import ModelCard
+from tokenrelay.service.errors import NotFoundError
+from tokenrelay.service.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    name: str
+    tokenizer: Tokenizer
+    max_model_len: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def card(self) -> ModelCard:
+        return ModelCard(id=self.name, created=self.created, max_model_len=self.max_model_len)
+
+    def require(self, name: str) -> None:
+        """Raises NotFoundError when a client asks for another model."""
+        if name != self.name:
+            raise NotFoundError(
+                f"The model '{name[:100]}' is not served here; this server has '{self.name}'.",
+                param="model",
+                code="model_not_found",
+            )
+
+
+def load_served_model(settings: Settings) -> ServedModel:
+    """Resolve the setting ``model`` and read its tokenizer and its limits."""
+    source = resolve(settings.model, cache_dir=settings.cache_dir)
+    limit = read_model_config(source).max_position_embeddings
+    return ServedModel(
+        name=settings.served_model_name or source.name,
+        tokenizer=Tokenizer.from_source(source),
+        max_model_len=min(limit, settings.max_model_len or limit),
+    )

@@ -1,0 +1,11 @@
+-- Create an API process's mailbox if it is gone, and let it live on.
+-- KEYS: mailbox
+-- ARGV: prefix, TTL in seconds
+-- Returns the number of its newest entry
+
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  redis.call('XADD', KEYS[1], '0-*', 'd', '\144')  -- an empty array
+end
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+local newest = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1][1]
+return tonumber(string.match(newest, '-(%d+)'))
