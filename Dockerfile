@@ -14,10 +14,6 @@ ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm
 
 # ---- builder: has a compiler, is thrown away ----
 FROM ${PYTHON_IMAGE} AS builder
-ARG VARIANT=cpu
-ARG TORCH_VERSION=2.13.0
-ARG TORCH_INDEX_URL=
-
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
@@ -27,8 +23,11 @@ RUN python -m venv /opt/tokenrelay
 ENV PATH=/opt/tokenrelay/bin:${PATH} PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # torch before the sources: the largest layer by far, and the one that changes least.
+ARG TORCH_VERSION=2.13.0
+ARG TORCH_INDEX_URL=
 RUN pip install ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} "torch==${TORCH_VERSION}"
 # A CUDA image with a CPU torch would start nowhere: refuse to build it.
+ARG VARIANT=cpu
 RUN case "${VARIANT}" in \
       cpu) ;; \
       cuda) python -c "import torch; assert torch.version.cuda, 'this torch has no CUDA'" ;; \

@@ -1,7 +1,7 @@
 """What the CPU kernels reach, beside what this machine allows: ``python benchmarks/kernels.py``.
 
-The limits are measured in the same run: read bandwidth by summing a large array, fp32 peak by one large matrix product of
-torch. Shapes are SmolLM2-135M's. Weights are cycled through more memory than the caches hold, as in a real step.
+The limits are measured in the same run: read bandwidth by summing a large array, fp32 peak by one large matrix product
+of torch. Shapes are SmolLM2-135M's. Weights are cycled through more memory than the caches hold, as in a real step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Seeded texts that are hard on tokenizers: scripts, emoji sequences, combining marks, white space, code, control spellings."""
+"""Seeded texts that are hard on tokenizers: scripts, emoji, combining marks, white space, code, control spellings."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import redis as sync_redis
@@ -20,6 +21,7 @@ from tokenrelay.service.queue import Queue
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import TokenLog
 
+ExpireLeases = Callable[[], Awaitable[None]]
 WaitUntil = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 
 
@@ -86,8 +88,8 @@ async def mailbox(url: str, redis: Redis, keys: Keys, token_log: TokenLog) -> As
 
 @pytest.fixture
 def wait_until() -> WaitUntil:
-    async def wait(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
-        deadline = time.monotonic() + seconds
+    async def wait(condition: Callable[[], Awaitable[bool]]) -> None:
+        deadline = time.monotonic() + 10
         while not await condition():
             assert time.monotonic() < deadline, "the condition did not come true"
             await asyncio.sleep(0.005)
@@ -96,11 +98,12 @@ def wait_until() -> WaitUntil:
 
 
 @pytest.fixture
-def expire_leases(redis: Redis, keys: Keys) -> Callable[[], Awaitable[None]]:
+def expire_leases(redis: Redis, keys: Keys) -> ExpireLeases:
     """Every worker has been silent for too long."""
 
     async def expire() -> None:
-        for name in await redis.zrange(keys.leases, 0, -1):
+        leased: Any = await redis.zrange(keys.leases, 0, -1)
+        for name in leased:
             await redis.zadd(keys.leases, {name: 1})
 
     return expire

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 from redis.asyncio import Redis
+
 from tests.service.conftest import WaitUntil
 from tests.service.relay import claim_one, ending, publication, submission, submit, token
-
 from tokenrelay.service.errors import NotFoundError
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.mailbox import BUFFER_EVENTS, Mailbox, Subscription

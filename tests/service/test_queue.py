@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from tests.service.relay import claim_ids, claim_one, ending, publication, submission, submit, token
 
+from tests.service.conftest import ExpireLeases, WaitUntil
+from tests.service.relay import claim_ids, claim_one, ending, publication, submission, submit, token
 from tokenrelay.service.errors import QueueFull
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.messages import Event, Usage
@@ -15,7 +16,10 @@ from tokenrelay.service.queue import RECLAIM_BATCH, CancelOutcome, Queue, Renewa
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import TokenLog
 
-ExpireLeases = Callable[[], Awaitable[None]]
+
+async def dead_letters(redis: Redis, keys: Keys) -> list[dict[bytes, bytes]]:
+    entries: Any = await redis.xrange(keys.dead)
+    return [letter for _, letter in entries]
 
 
 class TestSubmit:
@@ -29,7 +33,7 @@ class TestSubmit:
 
     async def test_the_same_id_is_accepted_once(self, queue: Queue) -> None:
         await submit(queue, "other", "same")
-        again = await queue.submit(submission("same"), mailbox="api")
+        again = await queue.submit(submission("same", max_tokens=99), mailbox="api")
         assert (again.created, again.position) == (False, 1)
         assert await queue.num_waiting() == 2
 
@@ -57,7 +61,7 @@ class TestSubmit:
         with pytest.raises(QueueFull) as refusal:
             await submit(queue, "second")
         assert refusal.value.retry_after
-        assert not (await queue.submit(submission("first"), mailbox="api")).created
+        assert not (await queue.submit(submission("first", n=2), mailbox="api")).created
 
 
 class TestOrder:
@@ -122,7 +126,7 @@ class TestClaim:
         assert index == 1
         assert event.error
         assert event.error.code == "unreadable_request"
-        [(_, letter)] = await redis.xrange(keys.dead)
+        [letter] = await dead_letters(redis, keys)
         assert (letter[b"id"], letter[b"payload"]) == (b"broken", b"\xc1")
         assert await redis.zrange(keys.leases, 0, -1) == [b"sound"]
 
@@ -147,7 +151,7 @@ class TestRenew:
         await token_log.finish("worker", publication(await claim_one(queue), 1, ending()))
         assert await queue.renew("worker", {"a": 1}) == Renewal([], [])
 
-    async def test_leases_expire_by_the_brokers_clock(self, redis: Redis, keys: Keys, wait_until: Callable) -> None:
+    async def test_leases_expire_by_the_brokers_clock(self, redis: Redis, keys: Keys, wait_until: WaitUntil) -> None:
         queue = Queue(redis, keys, Settings(lease_seconds=0.02))
         await submit(queue, "a")
         await queue.claim("worker", 1)
@@ -215,7 +219,7 @@ class TestReclaim:
         [(_, event)] = await token_log.read("poison")
         assert event.error
         assert (event.error.code, event.error.status) == ("worker_lost", 500)
-        [(_, letter)] = await redis.xrange(keys.dead)
+        [letter] = await dead_letters(redis, keys)
         assert (letter[b"id"], letter[b"attempts"], letter[b"reason"]) == (b"poison", b"3", b"worker_lost")
         assert await token_log.publish("worker", [publication(claim, 1, token(1))]) == ["poison"]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from redis.asyncio import Redis
 
+from tests.service.conftest import WaitUntil
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.messages import WorkerFacts
 from tokenrelay.service.registry import Registry
@@ -37,7 +36,7 @@ async def test_a_worker_that_leaves_says_so(registry: Registry) -> None:
 
 
 async def test_a_silent_worker_is_gone_after_a_lease(
-    redis: Redis, keys: Keys, registry: Registry, wait_until: Callable
+    redis: Redis, keys: Keys, registry: Registry, wait_until: WaitUntil
 ) -> None:
     await Registry(redis, keys, Settings(lease_seconds=0.02)).announce(facts("silent"))
 

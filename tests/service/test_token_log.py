@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from tests.service.relay import claim_one, ending, publication, submission, submit, token
 
+from tests.service.conftest import ExpireLeases
+from tests.service.relay import claim_one, ending, publication, submission, submit, token
 from tokenrelay.service.errors import NotFoundError
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.messages import Event, decode_deliveries
@@ -48,7 +49,7 @@ class TestPublish:
         assert await token_log.read("a") == []
 
     async def test_a_worker_that_slept_through_its_lease_is_refused(
-        self, queue: Queue, token_log: TokenLog, claim: Claim, expire_leases: Callable[[], Awaitable[None]]
+        self, queue: Queue, token_log: TokenLog, claim: Claim, expire_leases: ExpireLeases
     ) -> None:
         """Also when it claimed the same request again: the epoch tells its two lives apart."""
         await expire_leases()
@@ -76,10 +77,10 @@ class TestPublish:
         await token_log.follow("request-7", "other")
         step = [publication(claim, 1, token(1)) for claim in await queue.claim("worker", len(names))]
         assert await token_log.publish("worker", step) == []
-        [_, (_, entry)] = await redis.xrange(keys.mailbox("api"))
-        assert [delivery.request_id for delivery in decode_deliveries(entry[b"d"])] == names
-        [_, (_, entry)] = await redis.xrange(keys.mailbox("other"))
-        [delivery] = decode_deliveries(entry[b"d"])
+        entries: Any = await redis.xrange(keys.mailbox("api"))
+        assert [delivery.request_id for delivery in decode_deliveries(entries[1][1][b"d"])] == names
+        entries = await redis.xrange(keys.mailbox("other"))
+        [delivery] = decode_deliveries(entries[1][1][b"d"])
         assert (delivery.request_id, delivery.index, delivery.event) == ("request-7", 1, token(1))
 
     async def test_a_mailbox_nobody_reads_is_not_created(

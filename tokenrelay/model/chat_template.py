@@ -97,7 +97,7 @@ class Markers:
         self._inside = re.compile("|".join(f"{re.escape(c)}(?={'|'.join(r)})" for c, r in rests.items()) or "(?!)")
         self._beginnings = {s[:n] for s in spellings for n in range(1, len(s)) if not s[0].isalnum()}
         self._ends = {s[n:] for s in spellings for n in range(1, len(s)) if not s[-1].isalnum()}
-        self._lengths = range(1, max(map(len, spellings), default=0))
+        self._longest = max(map(len, spellings), default=0)
 
     def choose(self, values: Any, template: str) -> str | None:
         """A marker for ``values``, or None if nothing in them needs one; ChatTemplateError if they leave none free."""
@@ -128,8 +128,9 @@ class Markers:
         """Where to insert the marker: after the first character of a spelling, or before the end of one."""
         first, body = len(text) - len(text.lstrip()), text.strip()  # templates trim: these are the edges they join
         cuts = {match.end() for match in self._inside.finditer(text)}
-        cuts |= {first + len(body) - n + 1 for n in self._lengths if body[-n:] in self._beginnings}
-        cuts |= {first for n in self._lengths if body[:n] in self._ends}
+        lengths = range(1, min(self._longest, len(body) + 1))
+        cuts |= {first + len(body) - n + 1 for n in lengths if body[-n:] in self._beginnings}
+        cuts |= {first for n in lengths if body[:n] in self._ends}
         return sorted(cuts)
 
 

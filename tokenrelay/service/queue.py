@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from enum import StrEnum
 from typing import NamedTuple, cast
@@ -38,7 +38,10 @@ RECONNECT_SECONDS = 0.2
 
 
 class Submitted(NamedTuple):
-    """Where a request is. ``request_id`` is an earlier one's if the caller's idempotency key was seen before."""
+    """Where a request is: at its position in the queue (0 also if it has left it).
+
+    ``created`` is false if an earlier submission had the same id or idempotency key: ``request_id`` is that one's.
+    """
 
     position: int
     created: bool
@@ -171,7 +174,7 @@ class Queue:
         """Requests that will be claimed before this one; None if it is not waiting."""
         return cast(int | None, await self._redis.zrank(self._keys.waiting, request_id))
 
-    async def wakeups(self) -> AsyncIterator[str]:
+    async def wakeups(self) -> AsyncGenerator[str, None]:
         """``submit`` and ``cancel <id>`` as they happen. May lose some: claim and renew tell the same, later."""
         while True:
             with suppress(BrokerUnavailable):
@@ -179,7 +182,7 @@ class Queue:
                     yield message
             await asyncio.sleep(RECONNECT_SECONDS)
 
-    async def _listen(self) -> AsyncIterator[str]:
+    async def _listen(self) -> AsyncGenerator[str, None]:
         async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
             async with broker_errors():
                 await channel.subscribe(self._keys.wakeup)

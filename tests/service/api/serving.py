@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
+import httpx
 from prometheus_client import CollectorRegistry
 
 from tokenrelay.service.api.app import create_app
@@ -24,24 +27,36 @@ from tokenrelay.service.registry import Registry
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import Publication, TokenLog
 
+RUN_API = """
+import socket
+from tokenrelay.service.api.server import run_api
+from tokenrelay.service.settings import Settings
+run_api(Settings(), sock=socket.socket(fileno={fd}))
+"""
 
-@dataclass(frozen=True)
-class Server:
-    """A running API process."""
 
-    base_url: str
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """Where an API process answers, and which model it serves."""
+
     port: int
     settings: Settings
-    process: ApiProcess
-    uvicorn: DrainingServer
+    model: str
 
     @property
-    def model(self) -> str:
-        return self.process.model.name
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def keys(self) -> Keys:
         return Keys(self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server(Endpoint):
+    """One that runs in a thread here, and can be looked into."""
+
+    process: ApiProcess
 
     @property
     def metrics(self) -> CollectorRegistry:
@@ -59,14 +74,32 @@ def serving(settings: Settings, model: ServedModel) -> Iterator[Server]:
         thread.start()
         try:
             wait_for(lambda: server.started)
-            yield Server(f"http://127.0.0.1:{port}", port, settings, app.state.api, server)
+            yield Server(port=port, settings=settings, model=model.name, process=app.state.api)
         finally:
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+@asynccontextmanager
+async def api_process(settings: Settings, model: str) -> AsyncIterator[tuple[subprocess.Popen[bytes], Endpoint]]:
+    """A real process, as the supervisor starts it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        fd, port = listener.fileno(), listener.getsockname()[1]
+        process = subprocess.Popen(  # noqa: ASYNC220
+            [sys.executable, "-c", RUN_API.format(fd=fd)], env=settings.as_environment(), pass_fds=[fd]
+        )
+    endpoint = Endpoint(port=port, settings=settings, model=model)
+    try:
+        async with httpx.AsyncClient(base_url=endpoint.base_url, timeout=20) as http:
+            assert (await http.get("/livez")).status_code == 200  # waits in the backlog until the process serves
+        yield process, endpoint
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"
@@ -162,7 +195,7 @@ class PacedWorker:
 
 
 @asynccontextmanager
-async def working(server: Server, *, held_back: bool = False, **fields: object) -> AsyncIterator[PacedWorker]:
+async def working(server: Endpoint, *, held_back: bool = False, **fields: object) -> AsyncIterator[PacedWorker]:
     """A paced worker for ``server``'s model; ``held_back`` leaves its gate closed."""
     async with connect(server.settings.redis_url) as redis:
         relay = (redis, server.keys, server.settings)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -16,13 +18,16 @@ from tokenrelay.service.broker import connect
 LIMIT = 0.2  # seconds from the close to the cancellation
 
 
-async def send(server: Server, **fields: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A request over a bare connection."""
+@asynccontextmanager
+async def connection(server: Server, **fields: Any) -> AsyncIterator[asyncio.StreamReader]:
+    """A request over a bare connection, which the end of the block closes."""
     body = json.dumps({"model": server.model, "prompt": "Once", "max_tokens": 1000, **fields}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=2**24)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     writer.write(head.encode() + b"\r\n\r\n" + body)
-    return reader, writer
+    yield reader
+    writer.close()
+    await writer.wait_closed()
 
 
 async def until(condition: Any) -> None:
@@ -31,13 +36,11 @@ async def until(condition: Any) -> None:
 
 @pytest.mark.parametrize("fields", [{"stream": True}, {"stream": False}, {"stream": True, "prompt": ["a", "b"]}])
 async def test_a_running_request_is_cancelled_at_once(server: Server, fields: dict[str, Any]) -> None:
-    before = ended(server, "cancelled")
+    before, count = ended(server, "cancelled"), len(fields.get("prompt", "1"))
     async with working(server, length=10**6) as worker:
-        _, writer = await send(server, **fields)
-        count = len(fields.get("prompt", "1"))
-        await until(lambda: len(worker.claims) == count)
-        closed_at = time.monotonic()
-        writer.close()
+        async with connection(server, **fields):
+            await until(lambda: len(worker.claims) == count)
+            closed_at = time.monotonic()
         await until(lambda: len(worker.cancelled) == count)
         assert max(worker.cancelled.values()) - closed_at < LIMIT
         await until(lambda: ended(server, "cancelled") == before + count)
@@ -46,10 +49,9 @@ async def test_a_running_request_is_cancelled_at_once(server: Server, fields: di
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_waiting_request_leaves_the_queue_at_once(server: Server, stream: bool) -> None:
     before, cancelled = accepted(server), ended(server, "cancelled")
-    _, writer = await send(server, stream=stream)
-    await until(lambda: accepted(server) == before + 1)
-    closed_at = time.monotonic()
-    writer.close()
+    async with connection(server, stream=stream):
+        await until(lambda: accepted(server) == before + 1)
+        closed_at = time.monotonic()
     await until(lambda: ended(server, "cancelled") == cancelled + 1)
     assert time.monotonic() - closed_at < LIMIT
     async with connect(server.settings.redis_url) as redis:
@@ -57,33 +59,20 @@ async def test_a_waiting_request_leaves_the_queue_at_once(server: Server, stream
 
 
 async def test_a_client_that_left_in_mid_stream_is_cancelled_and_others_are_not(server: Server) -> None:
-    async with working(server, length=200, pace=0.002) as worker:
-        reader, _ = await send(server, stream=True)
-        leaver, writer = await send(server, stream=True)
-        await leaver.readuntil(b'w3"')
-        writer.close()
+    async with working(server, length=200, pace=0.002) as worker, connection(server, stream=True) as staying:
+        async with connection(server, stream=True) as leaving:
+            await leaving.readuntil(b'w3"')
         await until(lambda: len(worker.cancelled) == 1)
-        rest = await reader.readuntil(b"[DONE]")
-    assert b'"finish_reason":"stop"' in rest
+        assert b'"finish_reason":"stop"' in await staying.readuntil(b"[DONE]")
 
 
 async def test_a_client_that_left_is_followed_to_the_end_of_its_request(server: Server) -> None:
     """A worker that notices late: until it does, the request counts as in flight."""
     before = in_flight(server)
     async with working(server, held_back=True) as worker:
-        _, writer = await send(server, stream=True)
-        await until(lambda: len(worker.claims) == 1)
-        writer.close()
+        async with connection(server, stream=True):
+            await until(lambda: len(worker.claims) == 1)
         await until(lambda: len(worker.cancelled) == 1)
         assert in_flight(server) == before + 1
         worker.gate.set()
         await until(lambda: in_flight(server) == before)
-
-
-async def test_a_client_that_reads_nothing_delays_nobody(server: Server) -> None:
-    """Its tokens stay in the log; what is buffered for it is bounded by the socket and the subscription."""
-    async with working(server, length=900, pace=0):
-        _, sleeper = await send(server, stream=True, n=4)
-        reader, _ = await send(server, stream=True)
-        await asyncio.wait_for(reader.readuntil(b"[DONE]"), 20)
-        sleeper.close()

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
+from starlette.types import Message
 
-from tests.service.api.conftest import ended, wait_for
-from tests.service.api.serving import Server, sse_events, working
+from tests.service.api.conftest import ended
+from tests.service.api.serving import Server, sse_events, wait_for, working
+from tokenrelay.service.api.choices import Choices, Step
+from tokenrelay.service.api.completions import CompletionFormat
+from tokenrelay.service.api.generation import Generations
+from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.sse import EventStream
 from tokenrelay.service.messages import Error
 
 
@@ -19,9 +28,7 @@ def body(server: Server, **fields: Any) -> dict[str, Any]:
 
 async def test_every_log_event_has_its_index_as_id_and_done_is_last(server: Server, http: httpx.AsyncClient) -> None:
     async with working(server, length=3):
-        response = await http.post(
-            "/v1/chat/completions", json=body(server, stream_options={"include_usage": True})
-        )
+        response = await http.post("/v1/chat/completions", json=body(server, stream_options={"include_usage": True}))
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["cache-control"] == "no-cache"
     *events, done = [event for event in sse_events(response.text) if "" not in event]
@@ -80,14 +87,14 @@ async def test_a_reader_of_a_request_cancelled_by_id_gets_an_error(
 ) -> None:
     before = ended(server, "cancelled")
     async with working(server, held_back=True) as worker:
-        async with http.stream("POST", "/v1/chat/completions", json=body(server, stream=stream)) as response:
-            if stream:
-                assert response.status_code == 200
-            request_id = response.headers["x-request-id"]
-            await worker.queue.cancel(request_id)
-            worker.gate.set()
-            text = (await response.aread()).decode()
-    assert '"code":"cancelled"' in text
+        reading = asyncio.create_task(http.post("/v1/chat/completions", json=body(server, stream=stream)))
+        await asyncio.to_thread(wait_for, lambda: worker.claims)
+        await worker.queue.cancel(worker.claims[0].submission.request_id)
+        await asyncio.to_thread(wait_for, lambda: worker.cancelled)
+        worker.gate.set()
+        response = await reading
+    assert response.status_code == (200 if stream else 499)
+    assert '"code":"cancelled"' in response.text
     wait_for(lambda: ended(server, "cancelled") == before + 1)
 
 
@@ -103,3 +110,31 @@ async def test_one_failed_prompt_ends_the_stream_and_cancels_the_others(
 
 def json_or_text(event: dict[str, str]) -> Any:
     return event["data"] if event["data"] == "[DONE]" else json.loads(event["data"])
+
+
+class _OneStep(Choices):
+    def __init__(self) -> None:
+        self.closed = False
+
+    async def steps(self) -> AsyncGenerator[Step, None]:
+        yield Step(index=1, choice=0, text="a", finish_reason=None, usage=None)
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def test_a_client_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenrelay.service.api.sse.STALL_SECONDS", 0.05)
+    choices, request = _OneStep(), CompletionRequest(model="m", prompt="p")
+    stream = EventStream(choices, CompletionFormat(request, "id"), Generations(*[Mock()] * 3), keep_alive_seconds=60)
+
+    async def blocked(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def silent() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    await stream({"type": "http"}, silent, blocked)
+    assert choices.closed

@@ -1,0 +1,1 @@
+"""The API's process: HTTP in, server-sent events out. Stateless, and without torch."""

@@ -23,7 +23,7 @@ from tokenrelay.service.api.generation import GenerationFailed, Generations
 from tokenrelay.service.api.schemas.errors import ErrorBody
 from tokenrelay.service.errors import ServiceError
 
-KEEP_ALIVE = format_sse_event(comment="keep-alive")
+KEEP_ALIVE = b": keep-alive\n"  # no blank line: openai's client takes that for an event once it has seen an id
 DONE = format_sse_event(data_str="[DONE]")
 STALL_SECONDS = 60.0  # a client that reads nothing for this long is gone; it may resume
 

@@ -10,7 +10,8 @@ local keyed = idempotency ~= request
 local CLASS = 2 ^ 44  -- room of one priority class in the score: 17 trillion tokens of virtual time
 
 local function existing(known)
-  return {'existing', redis.call('ZRANK', waiting, known) or 0, known}
+  local mine = field(known, 'payload') == payload  -- sent again after a lost reply
+  return {mine and 'created' or 'existing', redis.call('ZRANK', waiting, known) or 0, known}
 end
 
 if redis.call('EXISTS', request) == 1 then return existing(id) end

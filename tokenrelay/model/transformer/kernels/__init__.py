@@ -30,12 +30,12 @@ from torch import Tensor
 
 from tokenrelay.model.transformer.kernels import cuda, native, reference
 
-_library = torch.library.Library("tokenrelay", "DEF")
+_library = torch.library.Library("tokenrelay", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Any]:
     """Declare one operation with its implementations, and return its entry point."""
-    _library.define(name + schema)
+    _library.define(name + schema)  # type: ignore[no-untyped-call]
     cpu = native if native.is_available() else reference
     _library.impl(name, getattr(cpu, name), "CPU")  # type: ignore[no-untyped-call]
     gpu = cuda if hasattr(cuda, name) else reference

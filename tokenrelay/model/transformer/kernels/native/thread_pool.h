@@ -17,7 +17,6 @@ class ThreadPool {
     void set_num_threads(int count) {
         std::lock_guard<std::mutex> guard(mutex_);
         wanted_ = count < 1 ? 1 : count;
-        for (; started_ < wanted_ - 1; started_++) std::thread(&ThreadPool::work, this, started_).detach();
     }
 
     int num_threads() const { return wanted_; }
@@ -28,6 +27,7 @@ class ThreadPool {
             for (int64_t i = 0; i < count; i++) task(context, i);
             return;
         }
+        for (; started_ < wanted_ - 1; started_++) std::thread(&ThreadPool::work, this, started_).detach();
         task_ = task;
         context_ = context;
         done_.store(0, std::memory_order_relaxed);
@@ -78,7 +78,7 @@ class ThreadPool {
     }
 
     void work(int index) {
-        for (uint32_t seen = 0;;) {
+        for (uint32_t seen = calls_.load();;) {
             wait_until([&] { return calls_.load(std::memory_order_acquire) != seen; }, calls_);
             seen = calls_.load(std::memory_order_acquire);
             while (index < wanted_ - 1 && claim()) {}

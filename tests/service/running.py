@@ -1,0 +1,112 @@
+"""The whole service as a user starts it: ``tokenrelay serve`` in a process of its own, with the real model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx
+import openai
+import psutil
+
+MODEL = "smollm2-135m-instruct"
+T = TypeVar("T")
+
+
+def wait_until(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
+    """The condition's first true value. Fails, naming ``what``, when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class RunningService:
+    """Starts on entry, drains on exit. Options are those of ``tokenrelay serve``."""
+
+    def __init__(self, folder: Path, **options: str | int | float) -> None:
+        self.port, self.worker_port = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = folder / "serve.log"
+        own = {"port": self.port, "worker_metrics_port": self.worker_port, "data_dir": folder / "data"}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in (own | options).items()]
+        self._command = [sys.executable, "-m", "tokenrelay", "serve", *flags]
+        self.process: subprocess.Popen[bytes]
+
+    def __enter__(self) -> Self:
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=_plain_environment())
+        try:
+            wait_until(self.is_ready, f"ready; log: {self._log.read_text()[-2000:]}", 60)
+        except AssertionError:
+            self.process.kill()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        finally:
+            self.process.kill()
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None, f"serve ended: {self._log.read_text()[-2000:]}"
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def child(self, name: str) -> psutil.Process:
+        """The process called ``worker``, ``api`` or ``valkey-server``."""
+        found = [
+            c for c in psutil.Process(self.process.pid).children() if any(name in part for part in c.cmdline()[:4])
+        ]
+        assert len(found) == 1, found
+        return found[0]
+
+    def kill(self, name: str) -> None:
+        os.kill(self.child(name).pid, signal.SIGKILL)
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of both processes: ``name{labels}`` → value."""
+        samples = {}
+        for port in (self.port, self.worker_port):
+            for line in httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines():
+                if not line.startswith("#"):
+                    name, _, value = line.rpartition(" ")
+                    samples[name] = float(value)
+        return samples
+
+    def metric(self, stem: str) -> float:
+        """Sum over the labels of one metric."""
+        return sum(value for name, value in self.metrics().items() if name.split("{")[0] == stem)
+
+
+def _plain_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("TOKENRELAY_")}

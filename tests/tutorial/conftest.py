@@ -1,0 +1,23 @@
+"""One running service for the whole tutorial."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.service.running import RunningService
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[RunningService]:
+    """``tokenrelay serve``, ready. The model is in the cache already."""
+    with RunningService(tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(service: RunningService) -> openai.OpenAI:
+    return service.client()
