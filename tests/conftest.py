@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
+from tests.service.running import RunningService
 from tokenrelay.model.weights.sources import pull
 
 
@@ -13,3 +16,15 @@ from tokenrelay.model.weights.sources import pull
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as GGUF: downloaded into the user's cache once, by the code under test."""
     return pull("smollm2-135m-instruct", progress=False)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[RunningService]:
+    """``tokenrelay serve``, ready. The model is in the cache already."""
+    with RunningService(tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(service: RunningService) -> openai.OpenAI:
+    return service.client()

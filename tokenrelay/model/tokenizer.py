@@ -11,13 +11,15 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
 from tokenrelay.model.chat_template import ChatTemplate, Markers
 from tokenrelay.model.detokenizer import IncrementalDetokenizer
 from tokenrelay.model.tokenizer_description import TokenizerDescription, describe_tokenizer
 from tokenrelay.model.weights.sources import ModelSource
+
+__all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
 
 class Tokenizer:
@@ -56,7 +58,7 @@ class Tokenizer:
         Without ``parse_special``, a text that spells a special token is encoded as the letters it is made of.
         """
         if parse_special:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return _encoding(self._backend, text, add_special_tokens).ids
         return self._encode_plain(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -103,7 +105,7 @@ class Tokenizer:
         return self._encode_plain(self._secrets.respell(text).replace(marker, ""), add_special_tokens=False)
 
     def _encode_plain(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        encoding = self._plain.encode(text, add_special_tokens=add_special_tokens)
+        encoding = _encoding(self._plain, text, add_special_tokens)
         ids: list[int] = []
         for i, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
             if i in self.special_ids and not added and i != self._unknown_id:
@@ -116,6 +118,11 @@ class Tokenizer:
         """The token as single characters: some vocabularies can merge plain text into a special token."""
         spelling = self._plain.id_to_token(token_id) or ""
         return [part.id for character in spelling for part in self._plain.model.tokenize(character)]
+
+
+def _encoding(backend: Backend, text: str, add_special_tokens: bool) -> Encoding:
+    """As ``backend.encode``; but only the batch calls let go of the interpreter's lock, for seconds if a text is long."""
+    return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
 
 class _Secrets:

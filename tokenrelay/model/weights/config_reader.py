@@ -74,6 +74,8 @@ def config_from_gguf(metadata: GGUFMetadata) -> ModelConfig:
     rename = {"llama": _llama, "gpt2": _gpt2}.get(metadata.architecture)
     if rename is None:
         raise UnsupportedModelError(f"GGUF architecture {metadata.architecture!r} is not supported; known: gpt2, llama")
+    if metadata.values.get("split.count", 1) != 1:
+        raise UnsupportedModelError(f"{metadata.path} is one part of several: join them with llama-gguf-split --merge")
     common = {
         "model_type": metadata.architecture,
         "vocab_size": _vocab_size(metadata),

@@ -82,7 +82,7 @@ def split_and_rotate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qkv[T, (H + 2 KV) D] -> q[T, H, D], k[T, KV, D], both rotated, and v[T, KV, D]."""
     heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)
-    q, k, v = torch.split(heads, (num_heads, num_kv_heads, num_kv_heads), dim=1)
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     return rotate(q, positions, cos_sin).contiguous(), rotate(k, positions, cos_sin), v
 
 
