@@ -35,7 +35,7 @@ def generate(client: openai.OpenAI, index: int, num_tokens: int) -> Iterator[str
         stream=True,
         extra_body={"ignore_eos": True},
     )
-    finished = [None]
+    finished: list[str | None] = []
     for chunk in stream:
         finished.append(chunk.choices[0].finish_reason)
         yield chunk.choices[0].text
@@ -51,7 +51,7 @@ def test_no_stream_is_lost_or_changed(service: RunningService, victim: str) -> N
     with ThreadPoolExecutor(8) as pool:
         begun = list(pool.map(lambda stream: [next(stream) for _ in range(6)], streams))
         service.kill(victim)
-        rest = list(pool.map(list, streams))
+        rest: list[list[str]] = list(pool.map(list, streams))
     texts = ["".join(first + last) for first, last in zip(begun, rest, strict=True)]
     assert texts == undisturbed
     if victim == "worker":

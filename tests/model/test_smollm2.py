@@ -89,7 +89,9 @@ def varied_requests(prompts: Sequence[list[int]], max_tokens: int) -> list[Reque
     requests = []
     for index in range(32):
         prompt = prompts[index % len(prompts)] + (prompts[3] if index % 3 else [])
-        params = SamplingParams(max_tokens=max_tokens, seed=index, temperature=index % 2, top_p=0.95 if index % 4 else 1.0)
+        params = SamplingParams(
+            max_tokens=max_tokens, seed=index, temperature=index % 2, top_p=0.95 if index % 4 else 1.0
+        )
         requests.append(Request(str(index), prompt, params))
     return requests
 
@@ -111,9 +113,7 @@ def test_a_request_gives_the_same_ids_alone_and_in_any_batch(
             split = rng.randrange(max_tokens)  # some arrive from another worker that had begun
             request.token_ids += expected[request.request_id][:split] if rng.random() < 0.3 else []
         unfinished = [r for r in mix if r.output_token_ids != expected[r.request_id]]
-        assert generate_staggered(engine, unfinished, rng) == {
-            r.request_id: expected[r.request_id] for r in unfinished
-        }
+        assert generate_staggered(engine, unfinished, rng) == {r.request_id: expected[r.request_id] for r in unfinished}
 
 
 def make_mixed_engine(loaded: Engine, rng: random.Random) -> Engine:

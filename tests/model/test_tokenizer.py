@@ -57,7 +57,7 @@ def reference(smollm2_path: Path) -> PreTrainedTokenizerFast:
 
 
 def fast_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(**options)  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(**options)
 
 
 def chat(*contents: str) -> list[dict[str, Any]]:

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from tests.service.relay import ending, publication, submission, token
 
+from tests.service.relay import ending, publication, submission, token
 from tokenrelay.service.broker import connect
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.messages import Event, decode_deliveries
@@ -188,11 +189,11 @@ async def _delivered(relay: Relay) -> dict[str, list[tuple[int, Event]]]:
     return seen
 
 
-def test_relay(url: str) -> None:
+def check(url: str, max_examples: int) -> None:
     run_state_machine_as_test(
-        lambda: Relay(url),
+        lambda: Relay(url),  # type: ignore[arg-type]
         settings=settings(
-            max_examples=40,
+            max_examples=max_examples,
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),
@@ -200,3 +201,12 @@ def test_relay(url: str) -> None:
             print_blob=True,
         ),
     )
+
+
+def test_relay(url: str) -> None:
+    check(url, max_examples=20)
+
+
+@pytest.mark.long
+def test_relay_for_long(url: str) -> None:
+    check(url, max_examples=1000)

@@ -36,7 +36,9 @@ def test_outcomes_add_up(service: RunningService, client: openai.OpenAI) -> None
 
 def test_the_metrics_operators_know(service: RunningService, client: openai.OpenAI) -> None:
     for _ in range(2):
-        client.completions.create(model=MODEL, prompt=list(range(500, 540)), max_tokens=4, extra_body={"ignore_eos": True})
+        client.completions.create(
+            model=MODEL, prompt=list(range(500, 540)), max_tokens=4, extra_body={"ignore_eos": True}
+        )
     assert service.metric("tokenrelay_generation_tokens_total") >= 8
     assert service.metric("tokenrelay_prompt_tokens_total") >= 80
     assert service.metric("tokenrelay_prefix_cache_hits_total") >= 32

@@ -121,7 +121,7 @@ class Tokenizer:
 
 
 def _encoding(backend: Backend, text: str, add_special_tokens: bool) -> Encoding:
-    """As ``backend.encode``; but only the batch calls let go of the interpreter's lock, for seconds if a text is long."""
+    """``backend.encode`` would hold the interpreter's lock, for seconds if the text is long; batch calls do not."""
     return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenrelay import __version__
-from tokenrelay.model.weights import ModelSourceError, known_models, pull, resolve
+from tokenrelay.model.weights import ModelSourceError, known_models, resolve
 from tokenrelay.service import logs
 from tokenrelay.service.settings import Settings
 
@@ -133,7 +133,9 @@ def models(settings: Settings) -> None:
     """List the models known by a short name, and whether they are here."""
     table = Table("name", "size", "licence", "cached at")
     for known in known_models(settings.cache_dir):
-        table.add_row(known.alias, f"{known.size / 1e6:.0f} MB", known.licence, str(known.path) if known.cached else "-")
+        table.add_row(
+            known.alias, f"{known.size / 1e6:.0f} MB", known.licence, str(known.path) if known.cached else "-"
+        )
     Console().print(table)
 
 

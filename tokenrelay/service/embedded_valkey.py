@@ -82,6 +82,7 @@ class EmbeddedValkey:
                 stdout=output,
                 stderr=output,
                 preexec_fn=die_with_parent(signal.SIGTERM),
+                start_new_session=True,  # a signal to the process group is the supervisor's to handle
             )
         self._await_answer(log)
         return self.url

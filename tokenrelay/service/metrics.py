@@ -6,6 +6,9 @@ process: the sum of ``tokenrelay_requests_total`` over outcomes equals accepted 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
@@ -46,6 +49,8 @@ class ApiMetrics:
             ["model_name", "code"],
             registry=registry,
         )
+        for code in ("internal_error", "worker_lost"):  # present from the start, or increase() misses their first
+            self._outcomes.labels(model, code)
         self._model = model
         self.requests_accepted = counter("tokenrelay_requests_accepted", "Requests that entered the queue.")
         self.requests_in_flight = gauge(
@@ -109,10 +114,13 @@ class WorkerMetrics:
         self.iteration_tokens = tokens("tokenrelay_iteration_tokens", "Tokens computed in one step.")
 
 
-def _of(kind, registry, model, **options):  # type: ignore[no-untyped-def]
+M = TypeVar("M", Counter, Gauge, Histogram)
+
+
+def _of(kind: type[M], registry: CollectorRegistry, model: str, **options: Any) -> Callable[[str, str], M]:
     """A maker of metrics that carry the model's name, already bound to it."""
 
-    def make(name: str, help_text: str):  # type: ignore[no-untyped-def]
-        return kind(name, help_text, ["model_name"], registry=registry, **options).labels(model)
+    def make(name: str, documentation: str) -> M:
+        return kind(name, documentation, ["model_name"], registry=registry, **options).labels(model)
 
     return make

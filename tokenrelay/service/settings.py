@@ -32,11 +32,15 @@ class Settings(BaseSettings):
     broker_memory_mb: int = Field(256, ge=16, description="Memory cap of the embedded Valkey (noeviction).")
     host: str = Field("127.0.0.1", description="Address of the HTTP server.")
     port: int = Field(8000, ge=0, le=65535, description="Port of the HTTP server; 0 picks a free one.")
-    worker_metrics_port: int = Field(8001, ge=0, le=65535, description="Port of a model worker's /metrics; 0 picks one.")
+    worker_metrics_port: int = Field(
+        8001, ge=0, le=65535, description="Port of a model worker's /metrics; 0 picks one."
+    )
 
     # the engine
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the network runs.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Type of weights and KV cache.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of weights and KV cache."
+    )
     num_threads: int = Field(0, ge=0, description="Compute threads on a CPU; 0: one per core this process may use.")
     kv_cache_mb: int = Field(1024, ge=1, description="Memory budget of the KV cache.")
     max_model_len: int = Field(0, ge=0, description="Longest prompt plus output in tokens; 0: the model's own limit.")

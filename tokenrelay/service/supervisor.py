@@ -78,7 +78,8 @@ class _Supervisor:
         failures = _Failures("broker")
         while await asyncio.to_thread(broker.wait) is not None and not self._stopping.is_set():
             if not await failures.pause():
-                return self._give_up()
+                self._give_up()
+                return
             broker.start()
 
     async def _keep_running(self, process: str, *options: str) -> None:
@@ -97,7 +98,7 @@ class _Supervisor:
                 return
             log.error("process died", name=process, exit_code=code)
             if not await failures.pause():
-                return self._give_up()
+                self._give_up()
 
     def _give_up(self) -> None:
         self._gave_up = True
@@ -140,7 +141,7 @@ class _Failures:
 async def _announce_when_ready(settings: Settings) -> None:
     """Print what a newcomer needs, once the server can answer."""
     started = time.monotonic()
-    while not await asyncio.to_thread(_is_ready, settings):
+    while not await asyncio.to_thread(_is_ready, settings):  # noqa: ASYNC110 - it polls another process
         await asyncio.sleep(0.1)
     url = f"http://{settings.host}:{settings.port}"
     Console(stderr=True, highlight=False, soft_wrap=True).print(

@@ -64,6 +64,12 @@ async def http(server: Server) -> AsyncIterator[httpx.AsyncClient]:
         yield http
 
 
+@pytest.fixture(scope="module")
+def post(running_server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=running_server.base_url, timeout=20) as client:
+        yield client
+
+
 def in_flight(server: Server) -> float:
     return _sample(server, "tokenrelay_requests_in_flight")
 

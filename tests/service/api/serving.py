@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 from prometheus_client import CollectorRegistry
@@ -26,6 +27,8 @@ from tokenrelay.service.queue import Claim, Queue, cancellation
 from tokenrelay.service.registry import Registry
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import Publication, TokenLog
+
+JSON = {"content-type": "application/json"}
 
 RUN_API = """
 import socket
@@ -220,3 +223,16 @@ def sse_events(text: str) -> list[dict[str, str]]:
 def _field(line: str) -> tuple[str, str]:
     name, _, value = line.partition(":")
     return name, value.removeprefix(" ")
+
+
+def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
+    """The error of a refusal, whose shape every refusal has."""
+    assert response.status_code == status, response.text[:300]
+    assert len(response.content) < 2000  # no echo of large input
+    assert response.headers["x-request-id"]
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert isinstance(error["message"], str)
+    assert error["code"]
+    return dict(error)

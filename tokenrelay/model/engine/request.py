@@ -17,17 +17,17 @@ class Request:
     """
 
     __slots__ = (
-        "request_id",
-        "params",
-        "token_ids",
-        "num_prompt_tokens",
-        "num_computed_tokens",
-        "num_cached_tokens",
-        "num_preemptions",
-        "block_table",
-        "finish_reason",
         "_block_hashes",
         "_root_hash",
+        "block_table",
+        "finish_reason",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "params",
+        "request_id",
+        "token_ids",
     )
 
     def __init__(

@@ -162,9 +162,9 @@ class Scheduler:
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.params
-        if request.num_output_tokens >= params.min_tokens:
-            if token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos):
-                return FinishReason.STOP
+        ends = token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos)
+        if ends and request.num_output_tokens >= params.min_tokens:
+            return FinishReason.STOP
         if request.num_output_tokens >= params.max_tokens or request.num_tokens >= self._max_model_len:
             return FinishReason.LENGTH
         return None

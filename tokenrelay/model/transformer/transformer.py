@@ -32,9 +32,9 @@ class DecoderLayer(nn.Module):
         cache: LayerCache,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        x = self.attention(self.attention_norm(x, residual), positions, rotary, cache, metadata)
-        x = self.mlp(self.mlp_norm(x, residual))
-        return x
+        attended = self.attention(self.attention_norm(x, residual), positions, rotary, cache, metadata)
+        hidden: Tensor = self.mlp(self.mlp_norm(attended, residual))
+        return hidden
 
 
 class Transformer(nn.Module):
@@ -78,5 +78,4 @@ class Transformer(nn.Module):
     @property
     def _activation_dtype(self) -> torch.dtype:
         """Norm weights are kept in the type that the activations flow in."""
-        dtype: torch.dtype = self.norm.weight.dtype
-        return dtype
+        return next(self.norm.parameters()).dtype

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-import httpx
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -157,7 +156,7 @@ def _from_hub(repo_id: str) -> Path:
         raise ModelSourceError(f"{repo_id} has terms to accept: do so on its page, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise ModelSourceError(f"the hub has no public model {repo_id}; if it is private, `hf auth login`") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except OSError as error:  # the hub's own errors are OSErrors too
         raise ModelSourceError(
             f"cannot fetch {repo_id} from the hub ({type(error).__name__}: {error}); "
             "check the connection and HF_HUB_OFFLINE, or name a local folder or GGUF file"

@@ -56,6 +56,13 @@ class DrainingServer(uvicorn.Server):
             self._process.readiness.draining = True
         super().handle_exit(sig, frame)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for sock in sockets or ():
+            if sock.family != socket.AF_UNIX:
+                # asyncio leaves it out where the socket was made without a protocol number; tokens would wait 40 ms
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(self._drain_seconds, self._process.generations.interrupt)
         await super().shutdown(sockets)

@@ -23,12 +23,12 @@ from tokenrelay.service.worker.stop_strings import Matched, StopStringMatcher
 class _Choice:
     """One of a request's n continuations: its ids so far, and the text not yet shown."""
 
-    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, params: SamplingParams, prompt_tail: list[int], tokenizer: Tokenizer) -> None:
         self.index = index
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self._params = params
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_tail)
         self._matcher = StopStringMatcher(params.stop)
 
     def append(self, token_id: int, finish_reason: FinishReason | None) -> Event:
@@ -36,9 +36,7 @@ class _Choice:
         self.token_ids.append(token_id)
         matched = self._text(token_id, finish_reason)
         self.finish_reason = FinishReason.STOP if matched.stopped else finish_reason
-        return Event(
-            choice=self.index, token_ids=[token_id], text=matched.text, finish_reason=self.finish_reason
-        )
+        return Event(choice=self.index, token_ids=[token_id], text=matched.text, finish_reason=self.finish_reason)
 
     def _text(self, token_id: int, finish_reason: FinishReason | None) -> Matched:
         # the token that stops is not text; what was incomplete before it is shown as it is
@@ -99,7 +97,9 @@ class OutputProcessor:
         """The engine requests of a claim: one per choice that the log does not show as ended."""
         submission = claim.submission
         params = submission.params
-        choices = [_Choice(index, params, self._tokenizer) for index in range(params.n)]
+        choices = [
+            _Choice(index, params, submission.prompt_token_ids[-4:], self._tokenizer) for index in range(params.n)
+        ]
         for event in claim.log:
             choices[event.choice].replay(event)
         self._running[submission.request_id] = _Running(
@@ -190,5 +190,3 @@ def choice_seed(seed: int, choice: int) -> int:
         return seed
     digest = hashlib.sha256(f"{seed}/{choice}".encode()).digest()
     return int.from_bytes(digest[:8], "big") & MAX_SEED
-
-

@@ -10,6 +10,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import structlog
 
@@ -52,9 +53,7 @@ class Worker:
         self._outbox: asyncio.Queue[list[Publication]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._death: asyncio.Future[BaseException] = self._loop.create_future()
-        self._engine = EngineThread(
-            engine, processor, metrics, publish=self._hand_to_loop, on_death=self._note_death
-        )
+        self._engine = EngineThread(engine, processor, metrics, publish=self._hand_to_loop, on_death=self._note_death)
 
     def drain(self) -> None:
         """Claim nothing more, finish what runs up to the limit, hand back the rest. (SIGTERM)"""
@@ -164,7 +163,8 @@ class Worker:
 
     async def _until_drained_or_dead(self) -> None:
         drain = asyncio.create_task(self._drain.wait())
-        await asyncio.wait([drain, self._death], return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [drain, self._death]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         drain.cancel()
         if self._death.done():
             raise self._death.result()
