@@ -11,6 +11,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, ResponseError
 
+from tests.service.conftest import ExpireLeases
 from tests.service.relay import claim_ids, claim_one, ending, publication, submission, submit, token
 from tokenrelay.service.broker import broker_errors, connect
 from tokenrelay.service.errors import BrokerUnavailable
@@ -106,6 +107,18 @@ class TestCutReply:
             await cut_queue.claim("worker", 1)
         assert [claim.attempts for claim in await cut_queue.claim("worker", 1)] == [1]
         assert await claim_ids(cut_queue) == ["b"]
+
+    async def test_claim_that_failed_until_its_leases_expired(
+        self, proxy: Proxy, cut_queue: Queue, queue: Queue, expire_leases: ExpireLeases
+    ) -> None:
+        await submit(queue, "a")
+        proxy.cuts = 3
+        with pytest.raises(BrokerUnavailable):
+            await cut_queue.claim("late", 1)
+        await expire_leases()
+        await queue.reclaim()
+        assert await claim_ids(queue, worker_id="prompt") == ["a"]
+        assert await cut_queue.claim("late", 1) == []
 
     async def test_publish_and_finish(self, proxy: Proxy, cut_log: TokenLog, queue: Queue) -> None:
         await submit(queue, "a")

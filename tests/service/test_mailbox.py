@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from tests.service.conftest import WaitUntil
+from tests.service.conftest import ExpireLeases, WaitUntil
 from tests.service.relay import claim_one, ending, publication, submission, submit, token
 from tokenrelay.service.errors import NotFoundError
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.mailbox import BUFFER_EVENTS, Mailbox, Subscription
 from tokenrelay.service.messages import Event
 from tokenrelay.service.queue import Claim, Queue
+from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import TokenLog
 
 LONG = 3 * BUFFER_EVENTS
@@ -79,6 +80,20 @@ async def test_a_slow_client_is_served_from_the_log(opened: Mailbox, queue: Queu
         assert await rest_of(marker) == [1]  # by now the reader has offered all of a's events
         assert len(slow._buffer) == BUFFER_EVENTS
         assert await rest_of(slow) == list(range(1, LONG + 1))
+
+
+async def test_a_client_whose_request_is_given_up_hears_of_it(
+    opened: Mailbox, queue: Queue, expire_leases: ExpireLeases, settings: Settings
+) -> None:
+    async with opened.subscribe("a") as subscription:
+        await submit(queue, "a")
+        for _ in range(settings.max_attempts):
+            await claim_one(queue)
+            await expire_leases()
+            await queue.reclaim()
+        [(_, event)] = [entry async for entry in subscription]
+        assert event.error
+        assert not subscription._behind  # it came by mailbox
 
 
 class TestResume:

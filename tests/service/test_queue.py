@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from tests.service.conftest import ExpireLeases, WaitUntil
 from tests.service.relay import claim_ids, claim_one, ending, publication, submission, submit, token
-from tokenrelay.service.errors import QueueFull
+from tokenrelay.service.errors import BrokerUnavailable, QueueFull
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.messages import Event, Usage
 from tokenrelay.service.queue import RECLAIM_BATCH, CancelOutcome, Queue, Renewal
@@ -64,38 +64,6 @@ class TestSubmit:
         assert not (await queue.submit(submission("first", n=2), mailbox="api")).created
 
 
-class TestOrder:
-    async def test_lower_priority_values_come_first(self, queue: Queue) -> None:
-        for request_id, priority in [("later", 5), ("normal", 0), ("urgent", -5)]:
-            await submit(queue, request_id, priority=priority)
-        assert await claim_ids(queue) == ["urgent", "normal", "later"]
-
-    async def test_one_tenants_flood_cannot_starve_another(self, queue: Queue) -> None:
-        await submit(queue, *(f"flood-{i}" for i in range(50)), tenant="noisy")
-        await submit(queue, "quiet-0", "quiet-1", tenant="quiet")
-        assert await queue.position("quiet-0") == 1
-        assert await queue.position("quiet-1") == 3
-
-    async def test_a_tenant_that_was_idle_gets_no_credit_for_it(self, queue: Queue) -> None:
-        await submit(queue, *(f"busy-{i}" for i in range(10)), tenant="busy")
-        await queue.claim("worker", 8)
-        await submit(queue, "new-0", "new-1", "new-2", tenant="new")
-        assert [name.partition("-")[0] for name in await claim_ids(queue)] == ["new", "busy", "new", "busy", "new"]
-
-    async def test_large_requests_cost_more_of_a_tenants_share(self, queue: Queue) -> None:
-        await submit(queue, "large-0", "large-1", tenant="large", max_tokens=1000)
-        await submit(queue, *(f"small-{i}" for i in range(5)), tenant="small", max_tokens=10)
-        assert (await claim_ids(queue))[:5] == [f"small-{i}" for i in range(5)]
-
-    async def test_tenants_without_debt_leave_no_entry(self, queue: Queue, redis: Redis, keys: Keys) -> None:
-        for i in range(20):
-            await submit(queue, f"request-{i}", tenant=f"tenant-{i}", max_tokens=10 + i)
-        await submit(queue, "last-0", "last-1", tenant="last", max_tokens=100)
-        await queue.claim("worker", 100)
-        assert await redis.zcard(keys.fair) <= 2
-        assert await redis.zscore(keys.fair, "tenant:last")
-
-
 class TestClaim:
     async def test_it_takes_no_more_than_it_has_room_for(self, queue: Queue) -> None:
         await submit(queue, "a", "b", "c")
@@ -130,6 +98,22 @@ class TestClaim:
         assert (letter[b"id"], letter[b"payload"]) == (b"broken", b"\xc1")
         assert await redis.zrange(keys.leases, 0, -1) == [b"sound"]
 
+    async def test_one_that_broke_off_half_way_is_found_again(
+        self, queue: Queue, redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await submit(queue, "broken", "sound")
+        await redis.hset(keys.request("broken"), "payload", b"\xc1")
+        finish = queue._token_log.finish
+
+        async def finish_unheard(*arguments: Any, **options: Any) -> bool:
+            await finish(*arguments, **options)
+            raise BrokerUnavailable("cut")
+
+        monkeypatch.setattr(queue._token_log, "finish", finish_unheard)
+        with pytest.raises(BrokerUnavailable):
+            await queue.claim("worker", 2)
+        assert [(c.submission.request_id, c.attempts) for c in await queue.claim("worker", 2)] == [("sound", 1)]
+
 
 class TestRenew:
     async def test_it_tells_what_was_lost_and_what_was_cancelled(self, queue: Queue, redis: Redis, keys: Keys) -> None:
@@ -146,10 +130,13 @@ class TestRenew:
         await queue.renew("worker", {"a": 1})
         assert await queue.reclaim() == []
 
-    async def test_a_finished_request_is_not_lost(self, queue: Queue, token_log: TokenLog) -> None:
+    async def test_a_finished_request_is_neither_lost_nor_leased(
+        self, queue: Queue, token_log: TokenLog, redis: Redis, keys: Keys
+    ) -> None:
         await submit(queue, "a")
         await token_log.finish("worker", publication(await claim_one(queue), 1, ending()))
         assert await queue.renew("worker", {"a": 1}) == Renewal([], [])
+        assert await redis.zcard(keys.leases) == 0
 
     async def test_leases_expire_by_the_brokers_clock(self, redis: Redis, keys: Keys, wait_until: WaitUntil) -> None:
         queue = Queue(redis, keys, Settings(lease_seconds=0.02))
@@ -200,6 +187,17 @@ class TestReclaim:
         assert await queue.reclaim() == []
         assert await redis.zcard(keys.leases) == 0
 
+    async def test_a_lease_from_before_the_broker_lost_the_request_does_not_count(
+        self, queue: Queue, redis: Redis, keys: Keys, expire_leases: ExpireLeases
+    ) -> None:
+        await submit(queue, "a")
+        await claim_one(queue)
+        await redis.delete(keys.request("a"))
+        await submit(queue, "a")
+        await expire_leases()
+        assert await queue.reclaim() == []
+        assert (await claim_one(queue)).attempts == 1
+
     async def test_a_request_that_kills_its_workers_becomes_a_dead_letter(
         self,
         queue: Queue,
@@ -226,12 +224,13 @@ class TestReclaim:
 
 class TestRelease:
     async def test_a_drained_request_waits_again_and_keeps_its_attempts(
-        self, queue: Queue, token_log: TokenLog
+        self, queue: Queue, token_log: TokenLog, redis: Redis, keys: Keys
     ) -> None:
         await submit(queue, "a")
         first = await claim_one(queue, "first")
         await token_log.publish("first", [publication(first, 1, token(1))])
         await queue.release("first", "a", first.epoch)
+        assert await redis.zcard(keys.leases) == 0
         second = await claim_one(queue, "second")
         assert (second.epoch, second.attempts, second.log) == (2, 1, [token(1)])
 
@@ -248,7 +247,7 @@ class TestCancel:
     async def test_a_waiting_request_ends_at_once(self, queue: Queue, token_log: TokenLog) -> None:
         await submit(queue, "a")
         assert await queue.cancel("a") is CancelOutcome.WAITING
-        assert await claim_ids(queue) == []
+        assert await queue.num_waiting() == 0
         usage = Usage(prompt_tokens=3, completion_tokens=0)
         assert await token_log.read("a") == [(1, Event(finish_reason="cancelled", usage=usage))]
         assert await queue.cancel("a") is CancelOutcome.FINISHED

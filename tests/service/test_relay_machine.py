@@ -204,7 +204,7 @@ def check(url: str, max_examples: int) -> None:
 
 
 def test_relay(url: str) -> None:
-    check(url, max_examples=20)
+    check(url, max_examples=40)
 
 
 @pytest.mark.long

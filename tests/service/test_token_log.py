@@ -36,7 +36,9 @@ class TestPublish:
         for _ in range(2):
             assert await token_log.publish("worker", [publication(claim, 1, token(1), token(2))]) == []
         assert await token_log.publish("worker", [publication(claim, 2, token(2), token(3))]) == []
-        assert [index for index, _ in await token_log.read("a")] == [1, 2, 3]
+        assert await token_log.publish("worker", [publication(claim, 1, token(1))]) == []
+        assert await token_log.publish("worker", [publication(claim, 4, token(4))]) == []
+        assert [index for index, _ in await token_log.read("a")] == [1, 2, 3, 4]
 
     async def test_a_gap_is_refused(self, token_log: TokenLog, claim: Claim) -> None:
         assert await token_log.publish("worker", [publication(claim, 2, token(2))]) == ["a"]
@@ -74,7 +76,8 @@ class TestPublish:
             await redis.xadd(keys.mailbox(name), {"d": b"\x90"}, id="0-*")
             await redis.expire(keys.mailbox(name), 60)
         await submit(queue, *names)
-        await token_log.follow("request-7", "other")
+        for _ in range(2):
+            await token_log.follow("request-7", "other")
         step = [publication(claim, 1, token(1)) for claim in await queue.claim("worker", len(names))]
         assert await token_log.publish("worker", step) == []
         entries: Any = await redis.xrange(keys.mailbox("api"))
@@ -118,6 +121,13 @@ class TestFinish:
         for _ in range(2):
             assert await token_log.finish("worker", publication(claim, 1, token(1), ending(1)))
         assert [index for index, _ in await token_log.read("a")] == [1, 2]
+
+    async def test_a_repetition_is_buried_once(
+        self, token_log: TokenLog, claim: Claim, redis: Redis, keys: Keys
+    ) -> None:
+        for _ in range(2):
+            assert await token_log.finish("worker", publication(claim, 1, ending()), bury="poison")
+        assert await redis.xlen(keys.dead) == 1
 
     async def test_nothing_follows_the_terminal_event(self, token_log: TokenLog, claim: Claim) -> None:
         await token_log.finish("worker", publication(claim, 1, ending()))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from tokenrelay.model.config import EngineConfig, ModelConfig
@@ -25,9 +23,7 @@ class Engine:
     def __init__(self, scheduler: Scheduler, runner: ModelRunner, max_model_len: int) -> None:
         self.scheduler = scheduler
         self.max_model_len = max_model_len  # prompt and output of one request, in tokens
-        self.step_counter = 0
         self.runner = runner
-        self._requests: dict[str, Request] = {}
 
     @classmethod
     def from_checkpoint(
@@ -57,16 +53,15 @@ class Engine:
         Raises:
             ValueError: the id is known, or prompt and output so far fill the context.
         """
-        if request.request_id in self._requests:
+        if request.request_id in self.scheduler.requests:
             raise ValueError(f"request {request.request_id!r} is already here")
         if request.num_tokens >= self.max_model_len:
             raise ValueError(f"{request.num_tokens} tokens leave no room in a context of {self.max_model_len}")
-        self._requests[request.request_id] = request
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks at once; unknown or finished ids are ignored."""
-        request = self._requests.pop(request_id, None)
+        request = self.scheduler.requests.get(request_id)
         if request is not None:
             self.scheduler.remove(request)
 
@@ -74,18 +69,7 @@ class Engine:
         """Compute one batch: at most one new token per running request."""
         scheduled = self.scheduler.schedule()
         sampled = self.runner.execute(scheduled)
-        outputs = self.scheduler.update(scheduled, sampled)
-        return self._forget_finished(outputs)
-
-    def _forget_finished(self, outputs: Sequence[StepOutput]) -> list[StepOutput]:
-        self.step_counter += 1
-        for output in outputs:
-            if output.finish_reason is not None:
-                del self._requests[output.request_id]
-        return list(outputs)
-
-    def request(self, request_id: str) -> Request | None:
-        return self._requests.get(request_id)
+        return self.scheduler.update(scheduled, sampled)
 
 
 def _max_model_len(model_config: ModelConfig, config: EngineConfig, num_blocks: int) -> int:

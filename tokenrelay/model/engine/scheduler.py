@@ -56,6 +56,7 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, num_blocks: int, max_model_len: int, eos_token_ids: Sequence[int]) -> None:
         self.block_pool = BlockPool(num_blocks)
+        self.requests: dict[str, Request] = {}  # by id: the waiting and the running
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -70,6 +71,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
+        self.requests[request.request_id] = request
         self.waiting.append(request)
 
     # --- deciding -------------------------------------------------------------------------------------------------
@@ -171,6 +173,7 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Forget a request, wherever it is, and free its blocks."""
+        del self.requests[request.request_id]
         self._release(request)
         (self.running if request in self.running else self.waiting).remove(request)
 

@@ -10,7 +10,7 @@ from tokenrelay.service.messages import WorkerFacts
 from tokenrelay.service.registry import Registry
 from tokenrelay.service.settings import Settings
 
-STALL_LEASES = 4  # an engine with work that has made no step for this many leases hangs, whatever its heartbeat says
+STALL_LEASES = 4  # an engine that made no turn for this many leases hangs, whatever its heartbeat says
 
 
 class _Progress(NamedTuple):
@@ -45,8 +45,7 @@ class Readiness:
         before, self._progress = self._progress, {}
         for worker in workers:
             known = before.get(worker.worker_id)
-            idle = worker.num_requests_running + worker.num_requests_waiting == 0  # then there are no steps to make
-            moved = known is None or idle or known.step_counter != worker.step_counter
+            moved = known is None or known.step_counter != worker.step_counter
             self._progress[worker.worker_id] = _Progress(worker.step_counter, now) if known is None or moved else known
 
     def _works(self, worker: WorkerFacts) -> bool:

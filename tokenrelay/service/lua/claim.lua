@@ -54,7 +54,7 @@ while #claimed < limit do
   local id = redis.call('ZPOPMIN', waiting)[1]
   if not id then break end
   local request = fetch(id)
-  if request and request.state == 'waiting' then
+  if request then
     lease(id, request)
     advance_clock(id)
     claimed[#claimed + 1] = describe(id, request)

@@ -27,9 +27,9 @@ end
 -- What only the rarer scripts want to know of it.
 local function field(id, name) return redis.call('HGET', request_key(id), name) end
 
--- The fence: a worker that was given up may not touch its request again.
+-- The fence: a worker that was given up may not touch its request again. A waiting request has no owner.
 local function owns(request, worker, epoch)
-  return request and request.owner == worker and request.epoch == epoch and request.state ~= 'waiting'
+  return request and request.owner == worker and request.epoch == epoch
 end
 
 -- Append events from `index` to the log. What the log already has is a repetition after a lost reply: skipped.

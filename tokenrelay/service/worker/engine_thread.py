@@ -18,6 +18,7 @@ from tokenrelay.service.token_log import Publication
 from tokenrelay.service.worker.output_processor import OutputProcessor
 
 MAX_UNPUBLISHED_STEPS = 32  # about a second of tokens: the broker may hiccup, memory may not grow
+IDLE_SECONDS = 0.25  # an idle engine turns over this often, to show that it lives
 
 Command = Callable[[], None]
 
@@ -25,7 +26,7 @@ Command = Callable[[], None]
 class EngineState(NamedTuple):
     """What other threads may know of the engine: as of the last step."""
 
-    step_counter: int = 0
+    num_turns: int = 0  # of the loop below: its progress is the engine's pulse
     num_running: int = 0
     num_waiting: int = 0
     num_choices: int = 0
@@ -53,6 +54,7 @@ class EngineThread(threading.Thread):
         self._on_death = on_death
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._unpublished = threading.BoundedSemaphore(MAX_UNPUBLISHED_STEPS)
+        self._num_turns = 0
         self._counted = (0, 0, 0)  # preemptions, prefix queries and hits already in the metrics
 
     # --- called from other threads --------------------------------------------------------------------------------
@@ -88,11 +90,11 @@ class EngineThread(threading.Thread):
             self._on_death(error)
 
     def _obey(self) -> bool:
-        """Run all commands that wait; block for one when there is nothing to compute. False: stop."""
+        """Run all commands that wait; wait for one when there is nothing to compute. False: stop."""
         block = not self._engine.has_work
         while True:
             try:
-                command = self._commands.get(block=block)
+                command = self._commands.get(block=block, timeout=IDLE_SECONDS)
             except queue.Empty:
                 return True
             if command is None:
@@ -124,8 +126,9 @@ class EngineThread(threading.Thread):
 
     def _note_state(self) -> None:
         scheduler = self._engine.scheduler
+        self._num_turns += 1
         self.state = EngineState(
-            self._engine.step_counter,
+            self._num_turns,
             len(scheduler.running),
             len(scheduler.waiting),
             self._processor.num_choices,

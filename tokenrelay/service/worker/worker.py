@@ -194,7 +194,7 @@ class Worker:
             worker_id=self.worker_id,
             model=self._model,
             max_model_len=self._max_model_len,
-            step_counter=state.step_counter,
+            step_counter=state.num_turns,
             num_requests_running=state.num_running,
             num_requests_waiting=state.num_waiting,
             kv_cache_usage=state.kv_cache_usage,
