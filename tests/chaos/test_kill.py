@@ -58,6 +58,20 @@ def test_no_stream_is_lost_or_changed(service: RunningService, victim: str) -> N
         assert service.metric("tokenrelay_requests_resumed_total") == 8
 
 
+def test_a_drained_worker_hands_its_streams_to_the_next(tmp_path: Path, smollm2_path: Path) -> None:
+    with RunningService(tmp_path, drain_seconds=0) as service:
+        client = service.client()
+        undisturbed = ["".join(generate(client, index, 64)) for index in (0, 5)]
+        drained = service.child("worker")
+        streams = [generate(client, index, 64) for index in (0, 5)]
+        begun = [[next(stream) for _ in range(4)] for stream in streams]
+        drained.terminate()  # the supervisor starts the next
+        rest = ["".join(stream) for stream in streams]
+        assert ["".join(first) + last for first, last in zip(begun, rest, strict=True)] == undisturbed
+        assert '"exit_code": 0' in service.log
+        assert '"handed_back": 2' in service.log
+
+
 def test_nothing_outlives_the_supervisor(service: RunningService) -> None:
     children = psutil.Process(service.process.pid).children(recursive=True)
     assert len(children) == 3

@@ -118,10 +118,10 @@ def test_a_request_gives_the_same_ids_alone_and_in_any_batch(
 
 def make_mixed_engine(loaded: Engine, rng: random.Random) -> Engine:
     """Another scheduler over the same network: its own budget, batch limit, cache size and prefix cache."""
-    max_num_seqs = rng.choice([2, 5, 32])
+    max_num_seqs = rng.choice([4, 12, 32])
     config = EngineConfig(
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=rng.choice([max_num_seqs, 64, 300]),
+        max_num_batched_tokens=rng.choice([max_num_seqs + 16, 64, 300]),
         enable_prefix_caching=rng.random() < 0.7,
     )
     num_blocks = rng.choice([24, 64, 512])

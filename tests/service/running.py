@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -43,10 +43,13 @@ class RunningService:
     def __init__(self, folder: Path, **options: str | int | float) -> None:
         self.port, self.worker_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._log = folder / "serve.log"
-        own = {"port": self.port, "worker_metrics_port": self.worker_port, "data_dir": folder / "data"}
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in (own | options).items()]
-        self._command = [sys.executable, "-m", "tokenrelay", "serve", *flags]
+        self._log, self._data = folder / "serve.log", folder / "data"
+        own: dict[str, str | int | float] = {
+            "port": self.port,
+            "worker_metrics_port": self.worker_port,
+            "data_dir": str(self._data),
+        }
+        self._command = [sys.executable, "-m", "tokenrelay", "serve", *_flags(own | options)]
         self.process: subprocess.Popen[bytes]
 
     def __enter__(self) -> Self:
@@ -106,6 +109,10 @@ class RunningService:
     def metric(self, stem: str) -> float:
         """Sum over the labels of one metric."""
         return sum(value for name, value in self.metrics().items() if name.split("{")[0] == stem)
+
+
+def _flags(options: Mapping[str, str | int | float]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
 def _plain_environment() -> dict[str, str]:

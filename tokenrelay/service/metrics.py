@@ -99,7 +99,9 @@ class WorkerMetrics:
         self.prefix_cache_queries = counter("tokenrelay_prefix_cache_queries", "Prompt tokens looked up.")
         self.prefix_cache_hits = counter("tokenrelay_prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.num_preemptions = counter("tokenrelay_num_preemptions", "Requests sent back to recompute.")
-        self.prefill_tokens = counter("tokenrelay_engine_prefill_tokens", "Tokens computed as part of a prompt.")
+        self.prefill_tokens = counter(
+            "tokenrelay_engine_prefill_tokens", "Tokens computed that no token was sampled from: prompts."
+        )
         self.decode_tokens = counter("tokenrelay_engine_decode_tokens", "Tokens sampled.")
         self.fenced_writes = counter(
             "tokenrelay_fenced_writes", "Writes the broker refused because another worker owns the request."

@@ -10,7 +10,7 @@ from tokenrelay.model.engine.scheduler import StepOutput
 from tokenrelay.model.sampling_params import FinishReason, SamplingParams
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.model.weights import resolve
-from tokenrelay.service.messages import Event, Submission
+from tokenrelay.service.messages import Error, Event, Submission
 from tokenrelay.service.queue import Claim
 from tokenrelay.service.worker.output_processor import OutputProcessor, choice_seed, engine_id
 
@@ -99,3 +99,12 @@ def test_cancelling_ends_every_open_choice(tokenizer: Tokenizer) -> None:
 def test_choices_have_seeds_of_their_own_and_the_first_the_request_s() -> None:
     assert choice_seed(7, 0) == 7
     assert len({choice_seed(7, choice) for choice in range(16)}) == 16
+
+
+def test_a_failed_request_ends_with_its_error_alone(tokenizer: Tokenizer) -> None:
+    processor = OutputProcessor(tokenizer)
+    processor.begin(make_claim(SamplingParams(max_tokens=9, n=2)))
+    error = Error(message="too long", code="context_length_exceeded")
+    assert processor.fail("r", error) == [engine_id("r", 0), engine_id("r", 1)]
+    (publication,) = processor.take_publications()
+    assert publication.events == [Event(error=error)]

@@ -60,6 +60,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.num_scheduled_tokens = 0
         self.num_prefix_queries = 0  # prompt tokens looked up
         self.num_prefix_hits = 0  # of these, found
         self._config = config
@@ -149,6 +150,7 @@ class Scheduler:
     def update(self, output: SchedulerOutput, sampled: Sequence[int | None]) -> list[StepOutput]:
         """Account for a computed step. ``sampled`` has one entry per scheduled request, None for a mere chunk."""
         results = []
+        self.num_scheduled_tokens += output.num_tokens
         for (request, num_tokens), token_id in zip(output.scheduled, sampled, strict=True):
             request.num_computed_tokens += num_tokens
             self._remember_full_blocks(request, num_tokens)

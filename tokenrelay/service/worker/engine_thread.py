@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tokenrelay.model.engine.engine import Engine
+from tokenrelay.service.errors import ContextLengthExceeded
+from tokenrelay.service.messages import Error
 from tokenrelay.service.metrics import WorkerMetrics
 from tokenrelay.service.queue import Claim
 from tokenrelay.service.token_log import Publication
@@ -103,15 +105,26 @@ class EngineThread(threading.Thread):
             block = False
 
     def _step(self) -> None:
-        started = time.perf_counter()
+        before, started = self._engine.scheduler.num_scheduled_tokens, time.perf_counter()
         outputs = self._engine.step()
         self._metrics.step_time.observe(time.perf_counter() - started)
-        self._abort(self._processor.process(outputs))
+        num_tokens = self._engine.scheduler.num_scheduled_tokens - before
+        self._metrics.iteration_tokens.observe(num_tokens)
+        self._metrics.prefill_tokens.inc(num_tokens - len(outputs))
         self._metrics.decode_tokens.inc(len(outputs))
+        self._abort(self._processor.process(outputs))
 
     def _add(self, claim: Claim) -> None:
+        """A request that does not fit this engine's context fails alone: it must not end the engine."""
+        request_id = claim.submission.request_id
+        self._abort(self._processor.drop(request_id))  # lost, and won again before that was noticed
         for request in self._processor.begin(claim):
-            self._engine.add(request)
+            try:
+                self._engine.add(request)
+            except ValueError as error:
+                failure = Error(message=f"{error}.", code=ContextLengthExceeded.code, status=400)
+                self._abort(self._processor.fail(request_id, failure))
+                return
 
     def _abort(self, engine_ids: Sequence[str]) -> None:
         for engine_request_id in engine_ids:

@@ -10,11 +10,13 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from tokenrelay.model.engine.request import Request
 from tokenrelay.model.engine.scheduler import StepOutput
 from tokenrelay.model.sampling_params import MAX_SEED, FinishReason, SamplingParams
 from tokenrelay.model.tokenizer import IncrementalDetokenizer, Tokenizer
-from tokenrelay.service.messages import Event, Submission, Usage
+from tokenrelay.service.messages import Error, Event, Submission, Usage
 from tokenrelay.service.queue import Claim
 from tokenrelay.service.token_log import Publication
 from tokenrelay.service.worker.stop_strings import Matched, StopStringMatcher
@@ -131,6 +133,13 @@ class OutputProcessor:
             running.events.append(Event(choice=choice.index, finish_reason=FinishReason.CANCELLED))
         return [engine_id(request_id, choice.index) for choice in open_choices]
 
+    def fail(self, request_id: str, error: Error) -> list[str]:
+        """End a request with an error. Returns the engine ids to abort."""
+        engine_ids = self.cancel(request_id)
+        if request_id in self._running:
+            self._running[request_id].events = [Event(error=error)]
+        return engine_ids
+
     def drop(self, request_id: str) -> list[str]:
         """Forget a request that another worker owns now. Returns the engine ids to abort."""
         running = self._running.pop(request_id, None)
@@ -152,16 +161,9 @@ class OutputProcessor:
 
 def _close(running: _Running) -> None:
     """Mark the last event as terminal; a request resumed after its last token gets one of its own."""
-    last = running.events.pop() if running.events else Event()
-    running.events.append(
-        Event(
-            choice=last.choice,
-            token_ids=last.token_ids,
-            text=last.text,
-            finish_reason=last.finish_reason,
-            usage=running.usage,
-        )
-    )
+    running.events = running.events or [Event()]
+    if not running.events[-1].terminal:
+        running.events[-1] = msgspec.structs.replace(running.events[-1], usage=running.usage)
 
 
 def engine_id(request_id: str, choice: int) -> str:

@@ -10,6 +10,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -103,19 +104,16 @@ class Worker:
             for claim in claims:
                 self._held[claim.submission.request_id] = claim.epoch
                 self._metrics.queue_time.observe(claim.queued_seconds)
-                self._metrics.prefill_tokens.inc(len(claim.submission.prompt_token_ids))
                 self._metrics.resumed_requests.inc(bool(claim.log))
                 self._engine.add(claim)
-        try:
-            await asyncio.wait_for(self._wake.wait(), self._settings.heartbeat_seconds)
-        except TimeoutError:
-            return
+        await self._woken(self._settings.heartbeat_seconds)
 
     async def _heartbeat(self) -> None:
         """Renew before reclaiming: after a broker's outage our own leases may have run out, unclaimed."""
-        renewal = await self._queue.renew(self.worker_id, self._held)
+        held = dict(self._held)
+        renewal = await self._queue.renew(self.worker_id, held)
         for request_id in renewal.lost:
-            self._lose(request_id)
+            self._lose(request_id, held[request_id])
         for request_id in renewal.cancelled:
             self._engine.cancel(request_id)
         if await self._queue.reclaim():
@@ -136,16 +134,16 @@ class Worker:
 
     async def _publish_once(self, publications: list[Publication]) -> None:
         open_ended = [p for p in publications if not p.events[-1].terminal]
-        refused = await self._token_log.publish(self.worker_id, open_ended) if open_ended else []
+        refused = set(await self._token_log.publish(self.worker_id, open_ended) if open_ended else [])
         for publication in publications:
             if publication.events[-1].terminal:
                 if not await self._token_log.finish(self.worker_id, publication):
-                    refused.append(publication.request_id)
-                self._held.pop(publication.request_id, None)
+                    refused.add(publication.request_id)
+                self._forget(publication.request_id, publication.epoch)
                 self._wake.set()
-        for request_id in refused:
-            self._metrics.fenced_writes.inc()
-            self._lose(request_id)
+            if publication.request_id in refused:
+                self._metrics.fenced_writes.inc()
+                self._lose(publication.request_id, publication.epoch)
 
     async def _listen(self) -> None:
         """Wake-ups make work start, and end, sooner; losing one costs a heartbeat."""
@@ -155,11 +153,24 @@ class Worker:
                 self._engine.cancel(request_id)
             self._wake.set()
 
+    async def _woken(self, seconds: float) -> None:
+        """Wait for a wake-up, at most so long. (Python 3.11's wait_for can swallow a cancellation.)"""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+
     # --- the rest -------------------------------------------------------------------------------------------------
 
-    def _lose(self, request_id: str) -> None:
-        self._held.pop(request_id, None)
-        self._engine.drop(request_id)
+    def _lose(self, request_id: str, epoch: int) -> None:
+        """Another owns it now; unless that is us again, under a newer epoch."""
+        if self._forget(request_id, epoch):
+            self._engine.drop(request_id)
+
+    def _forget(self, request_id: str, epoch: int) -> bool:
+        if self._held.get(request_id) != epoch:
+            return False
+        del self._held[request_id]
+        return True
 
     async def _until_drained_or_dead(self) -> None:
         drain = asyncio.create_task(self._drain.wait())
@@ -172,10 +183,7 @@ class Worker:
         deadline = self._loop.time() + self._settings.drain_seconds
         while self._held and self._loop.time() < deadline and not self._death.done():
             self._wake.clear()
-            try:
-                await asyncio.wait_for(self._wake.wait(), min(0.25, max(0.0, deadline - self._loop.time())))
-            except TimeoutError:
-                continue
+            await self._woken(min(0.25, max(0.0, deadline - self._loop.time())))
 
     async def _hand_back(self) -> None:
         """Stop computing, publish what is computed, and let other workers continue the rest."""
