@@ -84,9 +84,8 @@ class RunningService:
 
     def child(self, name: str) -> psutil.Process:
         """The process called ``worker``, ``api`` or ``valkey-server``."""
-        found = [
-            c for c in psutil.Process(self.process.pid).children() if any(name in part for part in c.cmdline()[:4])
-        ]
+        children = psutil.Process(self.process.pid).children()
+        found = [child for child in children if name in (child.name(), *child.cmdline()[3:4])]
         assert len(found) == 1, found
         return found[0]
 

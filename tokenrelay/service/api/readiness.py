@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tokenrelay.service.errors import BrokerUnavailable
@@ -19,9 +20,10 @@ class _Progress(NamedTuple):
 
 
 class Readiness:
-    def __init__(self, registry: Registry, settings: Settings) -> None:
+    def __init__(self, registry: Registry, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.draining = False
         self._registry = registry
+        self._clock = clock
         self._stall_seconds = STALL_LEASES * settings.lease_seconds
         self._progress: dict[str, _Progress] = {}
 
@@ -41,7 +43,7 @@ class Readiness:
         return None
 
     def _note(self, workers: list[WorkerFacts]) -> None:
-        now = time.monotonic()
+        now = self._clock()
         before, self._progress = self._progress, {}
         for worker in workers:
             known = before.get(worker.worker_id)
@@ -49,5 +51,5 @@ class Readiness:
             self._progress[worker.worker_id] = _Progress(worker.step_counter, now) if known is None or moved else known
 
     def _works(self, worker: WorkerFacts) -> bool:
-        stalled = time.monotonic() - self._progress[worker.worker_id].since > self._stall_seconds
+        stalled = self._clock() - self._progress[worker.worker_id].since > self._stall_seconds
         return not worker.draining and not stalled
