@@ -88,7 +88,7 @@ def note(measured: Measured, chunk: dict[str, Any]) -> None:
 
 async def closed_loop(url: str, workload: Workload, clients: int, requests: int) -> tuple[list[Measured], float]:
     """Each client sends its next request when its last has ended; returns the requests and the seconds taken."""
-    rng = random.Random(1)
+    rng = random.Random()  # new prompts every time, or a second run would meet its own prefixes
     bodies = iter([workload.body(rng) for _ in range(requests)])
     results: list[Measured] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
