@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from tokenrelay.model.config import EngineConfig
 from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.engine.request import Request
 from tokenrelay.model.sampling_params import SamplingParams
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.model.weights import resolve
-from tokenrelay.model.weights.checkpoint import open_checkpoint
 
 
 def test_generate_in_five_lines(smollm2_path: Path) -> None:
-    source = resolve(str(smollm2_path))
-    tokenizer = Tokenizer.from_source(source)
-    engine = Engine.from_checkpoint(
-        open_checkpoint(source), EngineConfig(num_blocks=64), dtype=torch.bfloat16, device=torch.device("cpu")
-    )
+    tokenizer = Tokenizer.from_source(resolve(str(smollm2_path)))
+    engine = Engine.from_model(str(smollm2_path), EngineConfig(num_blocks=64), device="cpu")
     prompt = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
     engine.add(Request("mine", prompt, SamplingParams(max_tokens=16, temperature=0)))
     output = []

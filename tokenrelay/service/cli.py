@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from tokenrelay import __version__
 from tokenrelay.model.weights import ModelSourceError, known_models, resolve
@@ -131,7 +131,7 @@ def pull_model(
 @_with_settings("cache_dir")
 def models(settings: Settings) -> None:
     """List the models known by a short name, and whether they are here."""
-    table = Table("name", "size", "licence", "cached at")
+    table = Table("name", "size", "licence", Column("cached at", overflow="fold"))
     for known in known_models(settings.cache_dir):
         table.add_row(
             known.alias, f"{known.size / 1e6:.0f} MB", known.licence, str(known.path) if known.cached else "-"

@@ -37,9 +37,9 @@ class Settings(BaseSettings):
     )
 
     # the engine
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the network runs.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the network runs: auto, cpu or cuda.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of weights and KV cache."
+        "auto", description="Type of weights and KV cache: auto, float32, bfloat16 or float16."
     )
     num_threads: int = Field(0, ge=0, description="Compute threads on a CPU; 0: one per core this process may use.")
     kv_cache_mb: int = Field(1024, ge=1, description="Memory budget of the KV cache.")
@@ -60,7 +60,9 @@ class Settings(BaseSettings):
     max_n: int = Field(16, ge=1, description="Largest n, and most prompts in one completion request.")
     keep_alive_seconds: float = Field(15.0, gt=0, description="A silent stream sends an SSE comment this often.")
 
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe line logged: debug, info, warning or error."
+    )
 
     @field_validator("cache_dir", "data_dir")
     @classmethod

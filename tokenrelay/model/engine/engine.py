@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
 import torch
 
-from tokenrelay.model.config import EngineConfig, ModelConfig
+from tokenrelay.model.config import DType, EngineConfig, ModelConfig
 from tokenrelay.model.engine.model_runner import ModelRunner
 from tokenrelay.model.engine.request import Request
 from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.engine.scheduler import Scheduler, StepOutput
 from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_block
 from tokenrelay.model.transformer.loading import load_transformer
-from tokenrelay.model.weights.checkpoint import Checkpoint
+from tokenrelay.model.weights import resolve
+from tokenrelay.model.weights.checkpoint import Checkpoint, open_checkpoint
 
 
 class Engine:
@@ -24,6 +28,26 @@ class Engine:
         self.scheduler = scheduler
         self.max_model_len = max_model_len  # prompt and output of one request, in tokens
         self.runner = runner
+
+    @classmethod
+    def from_model(
+        cls,
+        model: str,
+        config: EngineConfig | None = None,
+        *,
+        dtype: DType | Literal["auto"] = "auto",
+        device: str = "auto",
+        cache_dir: Path | None = None,
+    ) -> Engine:
+        """From a short name, a GGUF file, a folder or a hub id, fetched if it is not here. ``auto``: bfloat16, on a
+        GPU if there is one."""
+        source = resolve(model, cache_dir=cache_dir)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch_dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        return cls.from_checkpoint(
+            open_checkpoint(source), config or EngineConfig(), dtype=torch_dtype, device=torch.device(device)
+        )
 
     @classmethod
     def from_checkpoint(

@@ -16,7 +16,6 @@ from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.weights import ModelSource, resolve
-from tokenrelay.model.weights.checkpoint import open_checkpoint
 from tokenrelay.service.broker import connect
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.metrics import WorkerMetrics, new_registry
@@ -40,9 +39,7 @@ def run_worker(settings: Settings) -> None:
 
 
 def load_engine(source: ModelSource, settings: Settings) -> Engine:
-    """The engine that the settings describe, on the device that is there."""
-    device = _device(settings)
-    _use_threads(device, settings.num_threads or len(os.sched_getaffinity(0)))
+    """The engine that the settings describe."""
     config = EngineConfig(
         kv_cache_bytes=settings.kv_cache_mb << 20,
         max_num_seqs=settings.max_num_seqs,
@@ -50,23 +47,17 @@ def load_engine(source: ModelSource, settings: Settings) -> Engine:
         max_model_len=settings.max_model_len,
         enable_prefix_caching=settings.enable_prefix_caching,
     )
-    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return Engine.from_checkpoint(open_checkpoint(source), config, dtype=dtype, device=device)
+    _use_threads(settings.num_threads or len(os.sched_getaffinity(0)))
+    return Engine.from_model(str(source.path), config, dtype=settings.dtype, device=settings.device)
 
 
-def _device(settings: Settings) -> torch.device:
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
-
-
-def _use_threads(device: torch.device, num_threads: int) -> None:
+def _use_threads(num_threads: int) -> None:
     """Two pools of threads would fight for the cores: torch keeps one thread when the native kernels have them all."""
-    if device.type == "cpu" and native.is_available():
+    if native.is_available():
         native.set_num_threads(num_threads)
         torch.set_num_threads(1)
         log.info("native kernels", instruction_set=native.isa(), threads=num_threads)
-    elif device.type == "cpu":
+    else:
         torch.set_num_threads(num_threads)
         log.warning("no native kernels", reason=native.why_unavailable())
 
