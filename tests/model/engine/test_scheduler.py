@@ -84,6 +84,28 @@ def test_an_equal_beginning_is_not_computed_twice() -> None:
     assert output.scheduled[0].num_tokens == 1
 
 
+def test_a_prompt_that_is_being_computed_is_waited_for_and_shared() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_num_batched_tokens=16)
+    for name in ("a", "b", "c"):  # as the choices of one request are
+        scheduler.add(make_request(name, range(1, 39), max_tokens=2))
+    scheduler.add(make_request("other", [7, 8], max_tokens=2))
+    assert [e.request.request_id for e in scheduler.schedule().scheduled] == ["a"]
+    for request in list(scheduler.running):
+        scheduler.remove(request)
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.num_prefix_hits == 36
+    assert scheduler.num_scheduled_tokens < 2 * 39
+
+
+def test_one_that_waits_for_a_prompt_holds_nobody_up() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_num_batched_tokens=20)
+    scheduler.add(make_request("a", range(1, 19)))
+    scheduler.add(make_request("b", range(1, 19)))
+    scheduler.add(make_request("other", [7, 8]))
+    assert [e.request.request_id for e in scheduler.schedule().scheduled] == ["a", "other"]
+
+
 def test_tenants_with_different_salts_share_nothing() -> None:
     scheduler = make_scheduler()
     for salt in ("x", "y"):

@@ -80,7 +80,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
         budget = self._continue_running(output, self._config.max_num_batched_tokens)
-        if not output.preempted:  # what was just evicted must not be refilled by newcomers
+        if self.waiting and not output.preempted:  # what was just evicted must not be refilled by newcomers
             self._admit_waiting(output, budget)
         return output
 
@@ -108,34 +108,54 @@ class Scheduler:
         return True
 
     def _admit_waiting(self, output: SchedulerOutput, budget: int) -> None:
-        while self.waiting and budget and len(self.running) < self._config.max_num_seqs:
-            request = self.waiting[0]
+        being_computed = {h for request in self.running for h in self._missing_hashes(request)}
+        for request in list(self.waiting):
+            if not budget or len(self.running) == self._config.max_num_seqs:
+                break
             hit = self._known_prefix(request)
+            missing = self._missing_hashes(request, len(hit))
+            if missing and missing[0] in being_computed:
+                continue  # another request computes this very block: wait for it, and share it
             if self.block_pool.num_free_without(hit) < self._num_blocks(request.num_tokens + 1) - len(hit):
                 break  # the whole prompt must fit, or it would be preempted halfway
-            self._start(self.waiting.popleft(), hit)
-            num_tokens = min(request.num_uncomputed_tokens, budget)
-            grown = self._grow(request, num_tokens)
-            assert grown, "the room was just checked"
-            output.scheduled.append(ScheduledRequest(request, num_tokens))
-            budget -= num_tokens
+            budget -= self._start(request, hit, budget, output)
+            being_computed.update(missing)
 
     def _known_prefix(self, request: Request) -> list[int]:
+        return self.block_pool.lookup(self._shareable_hashes(request))
+
+    def _missing_hashes(self, request: Request, num_known: int | None = None) -> list[bytes]:
+        """Hashes of the shareable blocks that are not computed; ``num_known`` of them are, or as many as it has."""
+        if num_known is None:
+            num_known = request.num_computed_tokens // self._config.block_size
+        return self._shareable_hashes(request)[num_known:]
+
+    def _shareable_hashes(self, request: Request) -> list[bytes]:
+        """Of every full block but the one with the last token, which is computed for its logits."""
         if not self._config.enable_prefix_caching:
             return []
         block_size = self._config.block_size
-        num_full = (request.num_tokens - 1) // block_size  # the last token is computed, for its logits
-        return self.block_pool.lookup(request.block_hashes(num_full, block_size))
+        return request.block_hashes((request.num_tokens - 1) // block_size, block_size)
 
-    def _start(self, request: Request, hit: list[int]) -> None:
+    def _start(self, request: Request, hit: list[int], budget: int, output: SchedulerOutput) -> int:
+        """Move a request to the running with the blocks it shares; returns how many tokens it computes now."""
+        self.waiting.remove(request)
+        self.running.append(request)
         self.block_pool.acquire(hit)
         request.block_table = list(hit)
         request.num_computed_tokens = len(hit) * self._config.block_size
         if request.num_preemptions == 0:
-            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
-            self.num_prefix_queries += request.num_tokens
-            self.num_prefix_hits += request.num_computed_tokens
-        self.running.append(request)
+            self._count_hits(request)
+        num_tokens = min(request.num_uncomputed_tokens, budget)
+        grown = self._grow(request, num_tokens)
+        assert grown, "the room was just checked"
+        output.scheduled.append(ScheduledRequest(request, num_tokens))
+        return num_tokens
+
+    def _count_hits(self, request: Request) -> None:
+        request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        self.num_prefix_queries += request.num_tokens
+        self.num_prefix_hits += request.num_computed_tokens
 
     def _preempt(self, request: Request) -> None:
         """Free its blocks and recompute it later, before anything else that waits."""
