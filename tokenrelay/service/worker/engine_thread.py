@@ -85,9 +85,10 @@ class EngineThread(threading.Thread):
     def run(self) -> None:
         try:
             while self._obey():
+                self._hand_out()  # what a command ended does not wait for a step
                 if self._engine.has_work:
                     self._step()
-                self._hand_out()
+                    self._hand_out()
         except BaseException as error:
             self._on_death(error)
 
