@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-NATIVE := $(wildcard tokenrelay/model/transformer/kernels/native/*)
+NATIVE := $(wildcard tokenrelay/model/transformer/kernels/cpp/*)
 
 .PHONY: serve test test-long lint types bench bench-kernels clean
 

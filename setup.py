@@ -7,14 +7,14 @@ from glob import glob
 
 from setuptools import Extension, setup
 
-NATIVE = "tokenrelay/model/transformer/kernels/native"
+FOLDER = "tokenrelay/model/transformer/kernels/cpp"
 
 setup(
     ext_modules=[
         Extension(
             "tokenrelay.model.transformer.kernels._native",
-            sources=sorted(glob(f"{NATIVE}/*.cpp")),
-            depends=sorted(glob(f"{NATIVE}/*.h") + glob(f"{NATIVE}/*.inl")),
+            sources=sorted(glob(f"{FOLDER}/*.cpp")),
+            depends=sorted(glob(f"{FOLDER}/*.h") + glob(f"{FOLDER}/*.inl")),
             language="c++",
             extra_compile_args=[
                 *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tokenrelay import __version__
-from tokenrelay.model.weights import ModelSourceError, known_models, resolve
+from tokenrelay.model.weights import known_models, resolve
 from tokenrelay.service import logs
+from tokenrelay.service.embedded_valkey import EmbeddedValkeyError
 from tokenrelay.service.settings import Settings
 
 app = typer.Typer(
@@ -152,9 +153,9 @@ def _require_broker(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Entry point: expected errors are one line, not a traceback."""
+    """Entry point: an unusable option, model, port or folder is one line, not a traceback."""
     try:
         app()
-    except (ModelSourceError, ValueError) as error:
+    except (ValueError, OSError, EmbeddedValkeyError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
         sys.exit(1)

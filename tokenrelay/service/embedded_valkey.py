@@ -34,6 +34,10 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
+class EmbeddedValkeyError(RuntimeError):
+    """The server cannot be started here; the message says why and the remedy."""
+
+
 class EmbeddedValkey:
     """One server over ``data_dir``. Start it from a thread that lives as long as the process: Linux ends the child
     with the thread that started it."""
@@ -67,7 +71,7 @@ class EmbeddedValkey:
         """Start the server, also again after it ended, and return its URL when it answers.
 
         Raises:
-            RuntimeError: another process uses the data, or the server does not come up; its log is in the message.
+            EmbeddedValkeyError: another process uses the data, or the server does not come up.
         """
         assert self.pid is None, "already running"
         _make_private(self._data_dir)
@@ -130,7 +134,9 @@ class EmbeddedValkey:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.close()
-            raise RuntimeError(f"Another process serves from {self._data_dir}; stop it or set data_dir.") from error
+            raise EmbeddedValkeyError(
+                f"Another process serves from {self._data_dir}; stop it or set data_dir."
+            ) from error
         self._lock = lock
 
     def _end_orphan(self) -> None:
@@ -138,7 +144,7 @@ class EmbeddedValkey:
         deadline = time.monotonic() + STOP_SECONDS
         while self._ping() is not None:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"A stray Valkey at {self._socket} does not shut down; end it by hand.")
+                raise EmbeddedValkeyError(f"A stray Valkey at {self._socket} does not shut down; end it by hand.")
             try:
                 self._client().shutdown()
             except RedisError:
@@ -150,7 +156,7 @@ class EmbeddedValkey:
         while not self._ping():
             if self.pid is None or time.monotonic() > deadline:
                 self.stop()
-                raise RuntimeError(f"Valkey did not start:\n{log.read_text(errors='replace')[-2000:]}")
+                raise EmbeddedValkeyError(f"Valkey did not start:\n{log.read_text(errors='replace')[-2000:]}")
             time.sleep(POLL_SECONDS)
 
     def _ping(self) -> bool | None:
@@ -180,7 +186,7 @@ def _make_private(directory: Path) -> None:
     """Create it for this user only, or refuse one that somebody else put there."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if directory.stat().st_uid != os.getuid():
-        raise RuntimeError(f"{directory} belongs to another user; set data_dir.")
+        raise EmbeddedValkeyError(f"{directory} belongs to another user; set data_dir.")
     directory.chmod(0o700)
 
 

@@ -1,4 +1,4 @@
-"""The CPU operations through the native library (``native/*.cpp``, compiled at install, loaded with ctypes).
+"""The CPU operations through the native library (``cpp/*.cpp``, compiled at install, loaded with ctypes).
 
 Promises batch invariance: an output row has the same bits whatever else is in the call, on any number of threads and
 any instruction set. Activations are fp32; weights and cache bf16 or fp32. What the kernels do not cover (other dtypes,
