@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenrelay
 from tokenrelay.model.transformer import kernels
-from tokenrelay.model.transformer.kernels import native, reference
+from tokenrelay.model.transformer.kernels import cuda, native, reference
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, replace_linears
 
 BLOCK = 16
@@ -269,7 +269,7 @@ def test_the_cuda_operations_accept_their_shapes() -> None:
             torch.empty(3, dtype=torch.int32, device=device),
             torch.empty(2, dtype=torch.int32, device=device),
         )
-        for layer in (kernels, kernels.cuda):  # the registered shapes, then the calls themselves
+        for layer in (kernels, cuda):  # the registered shapes, then the calls themselves
             q = layer.rotate_and_cache(qkv, index, cos_sin, k_cache, v_cache, index, heads, kv_heads)
             assert (q.shape, q.dtype, q.device.type) == ((tokens, heads, head_dim), torch.bfloat16, "cuda")
             out = layer.paged_attention(q, k_cache, v_cache, tables, starts, lengths, 0.125)

@@ -23,26 +23,33 @@ fixed order, whatever else is in the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenrelay.model.transformer.kernels import cuda, native, reference
+from tokenrelay.model.transformer.kernels import native, reference
 
-_library = torch.library.Library("tokenrelay", "DEF")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("tokenrelay", "DEF")
+_names: list[str] = []
+_layouts: dict[str, ModuleType] = {}
 
 
 def _define(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Declare one operation with its implementations, and return its entry point."""
-    _library.define(name + schema)  # type: ignore[no-untyped-call]
-    cpu = native if native.is_available() else reference
-    _library.impl(name, getattr(cpu, name), "CPU")  # type: ignore[no-untyped-call]
-    gpu = cuda if hasattr(cuda, name) else reference
-    _library.impl(name, getattr(gpu, name), "CUDA")  # type: ignore[no-untyped-call]
+    """Declare one operation and what it does to shapes; returns its entry point."""
+    _library.define(name + schema)
     torch.library.register_fake(f"tokenrelay::{name}", fake, lib=_library)
+    _names.append(name)
     entry: Callable[..., Any] = getattr(torch.ops.tokenrelay, name).default
     return entry
+
+
+def register(device_type: str, implementation: ModuleType) -> None:
+    """Run every operation on such devices as ``implementation`` does it, or as the reference where it does not."""
+    for name in _names:
+        _library.impl(name, getattr(implementation, name, None) or getattr(reference, name), device_type.upper())
+    _layouts[device_type] = implementation if hasattr(implementation, "kv_cache_shapes") else reference
 
 
 def _like_first(x: Tensor, *_: Any) -> Tensor:
@@ -164,3 +171,10 @@ def activation(x: Tensor, kind: str) -> Tensor:
 def gated_activation(x: Tensor, kind: str) -> Tensor:
     """x [T, 2 I] -> act(x[:, :I]) * x[:, I:]."""
     return _gated_activation(x, kind)  # type: ignore[no-any-return]
+
+
+register("cpu", native if native.is_available() else reference)
+if torch.cuda.is_available():  # only then: varlen_attn brings torch's compiler along, two seconds of start-up
+    from tokenrelay.model.transformer.kernels import cuda
+
+    register("cuda", cuda)
