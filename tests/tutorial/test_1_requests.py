@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pytest
@@ -93,6 +94,14 @@ def test_usage_counts_what_came_from_the_prefix_cache(client: openai.OpenAI) -> 
     assert all(u and (u.prompt_tokens, u.completion_tokens) == (100, 2) for u in usages)
 
 
+def test_words_can_be_forbidden_and_tokens_demanded(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 12}
+    without = client.chat.completions.create(**ask, extra_body={"bad_words": ["Paris"]})
+    assert "Paris" not in (without.choices[0].message.content or "")
+    only = client.chat.completions.create(**ask, extra_body={"allowed_token_ids": [33], "ignore_eos": True})
+    assert len(set(only.choices[0].message.content or "")) == 1
+
+
 def test_a_mistake_is_answered_with_the_field_and_the_remedy(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature") as caught:
         client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=-1)
@@ -100,8 +109,10 @@ def test_a_mistake_is_answered_with_the_field_and_the_remedy(client: openai.Open
 
 
 def test_what_is_not_supported_is_refused_by_name(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="logit_bias") as caught:
-        client.chat.completions.create(model=MODEL, messages=QUESTION, logit_bias={"5": 1})
+    with pytest.raises(openai.BadRequestError, match="tools") as caught:
+        client.chat.completions.create(
+            model=MODEL, messages=QUESTION, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
     assert caught.value.code == "unsupported_parameter"
 
 

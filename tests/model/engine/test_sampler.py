@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from tokenrelay.model.engine.counter_random import uniform
 from tokenrelay.model.engine.request import Request
-from tokenrelay.model.engine.sampler import Sampler, uniform
+from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.sampling_params import SamplingParams
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 1.0, -3.0, 0.2])

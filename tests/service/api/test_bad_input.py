@@ -16,6 +16,7 @@ from tests.service.api.conftest import accepted
 from tests.service.api.serving import JSON, Server, refused
 from tokenrelay.service.api.body import field_path, parse_json
 from tokenrelay.service.api.schemas.not_built import ON_CHAT, ON_COMPLETIONS, asks_for_nothing
+from tokenrelay.service.api.schemas.request import GenerationRequest
 from tokenrelay.service.errors import InvalidRequestError
 
 ROUTES = ("/v1/chat/completions", "/v1/completions")
@@ -91,6 +92,34 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "stop_token_ids negative": ({"stop_token_ids": [-1]}, "stop_token_ids"),
     "stop_token_ids out of range": ({"stop_token_ids": [10**9]}, "stop_token_ids"),
     "stop_token_ids too many": ({"stop_token_ids": [1] * 100_000}, "stop_token_ids"),
+    "min_p above 1": ({"min_p": 1.5}, "min_p"),
+    "typical_p 0": ({"typical_p": 0}, "typical_p"),
+    "top_n_sigma -2": ({"top_n_sigma": -2}, "top_n_sigma"),
+    "repetition_penalty 0": ({"repetition_penalty": 0}, "repetition_penalty"),
+    "two repetition penalties": ({"repetition_penalty": 1.1, "repeat_penalty": 1.2}, "repeat_penalty"),
+    "presence_penalty above 2": ({"presence_penalty": 2.1}, "presence_penalty"),
+    "frequency_penalty as text": ({"frequency_penalty": "1"}, "frequency_penalty"),
+    "logit_bias as list": ({"logit_bias": [[5, 1]]}, "logit_bias"),
+    "logit_bias of a word": ({"logit_bias": {"hello": 1}}, "logit_bias.hello"),
+    "logit_bias of a padded id": ({"logit_bias": {"05": 1}}, "logit_bias.05"),
+    "logit_bias too strong": ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    "logit_bias of an unknown id": ({"logit_bias": {"49152": 1}}, "logit_bias"),
+    "logit_bias too many": ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias"),
+    "logit_bias far too many": ({"logit_bias": dict.fromkeys(map(str, range(100_000)), "x")}, "logit_bias"),
+    "allowed_token_ids empty": ({"allowed_token_ids": []}, "allowed_token_ids"),
+    "allowed_token_ids unknown": ({"allowed_token_ids": [1, 49152]}, "allowed_token_ids"),
+    "allowed_token_ids too many": ({"allowed_token_ids": [1] * 1_048_577}, "allowed_token_ids"),
+    "bad_words as text": ({"bad_words": "x"}, "bad_words"),
+    "bad_words with an empty string": ({"bad_words": ["a", ""]}, "bad_words.1"),
+    "bad_words too many": ({"bad_words": ["x"] * 129}, "bad_words"),
+    "bad_words too long": ({"bad_words": ["x" * 257]}, "bad_words.0"),
+    "dry_base below 1": ({"dry_base": 0.5}, "dry_base"),
+    "dry breaker unknown": ({"dry_multiplier": 1, "dry_sequence_breakers": [10**9]}, "dry_sequence_breakers"),
+    "dry breaker empty": ({"dry_sequence_breakers": [""]}, "dry_sequence_breakers.0"),
+    "xtc_probability above 1": ({"xtc_probability": 1.1}, "xtc_probability"),
+    "xtc_threshold negative": ({"xtc_threshold": -0.1}, "xtc_threshold"),
+    "dynatemp_range negative": ({"dynatemp_range": -1}, "dynatemp_range"),
+    "dynatemp_exponent 0": ({"dynatemp_exponent": 0}, "dynatemp_exponent"),
     "stream as text": ({"stream": "yes"}, "stream"),
     "stream as number": ({"stream": 1}, "stream"),
     "stream_options without stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -210,9 +239,7 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-FIELD_NAMES = st.sampled_from(
-    [*ON_CHAT, "messages", "prompt", "n", "seed", "stop", "stream", "stream_options", "temperature", "max_tokens"]
-)
+FIELD_NAMES = st.sampled_from([*ON_CHAT, *GenerationRequest.model_fields, "messages", "prompt"])
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

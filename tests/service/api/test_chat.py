@@ -129,7 +129,7 @@ async def test_neutral_values_of_what_is_not_built_are_accepted(
     neutral: Any = {
         **{"presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False, "top_logprobs": None, "logit_bias": {}},
         **{"response_format": {"type": "text"}, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
-        **{"store": False, "service_tier": "auto", "repetition_penalty": 1.0, "min_p": 0},
+        **{"store": False, "service_tier": "auto", "repetition_penalty": 1.0, "min_p": 0, "mirostat": 0},
     }
     history: Any = {"role": "assistant", "content": "Hi", "tool_calls": None, "refusal": None, "annotations": []}
     answer = await client.chat.completions.create(

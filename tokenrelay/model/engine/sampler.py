@@ -1,4 +1,4 @@
-"""Draws the next token of every row: a function of (logits, params, seed, position) and nothing else.
+"""Draws the next token of every row: a function of (logits, params, seed, position, ids) and nothing else.
 
 The random number is counter-based: a hash of (seed, position), not the state of a generator. So a request that
 another worker takes over draws the numbers the first would have drawn. Rows never mix: every reduction is along
@@ -12,21 +12,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from tokenrelay.model.engine.counter_random import uniform
+from tokenrelay.model.engine.logits_processors import process
 from tokenrelay.model.engine.request import Request
-
-_MASK = 2**64 - 1
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from 53 bits of SplitMix64's output function applied to both words. (Steele et al. 2014)"""
-    return (_mix(_mix(seed) ^ position * 0x9E3779B97F4A7C15) >> 11) / 2**53
-
-
-def _mix(word: int) -> int:
-    word = (word + 0x9E3779B97F4A7C15) & _MASK
-    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    word = (word ^ word >> 27) * 0x94D049BB133111EB & _MASK
-    return word ^ word >> 31
+from tokenrelay.model.engine.temperature import temperatures
+from tokenrelay.model.engine.truncation import is_truncated, truncate
 
 
 class Sampler:
@@ -39,6 +29,7 @@ class Sampler:
         """One token id per row of ``logits`` [S, vocabulary], fp32. May overwrite the logits."""
         for row, request in enumerate(requests):
             self._forbid_early_end(logits[row], request)
+        process(logits, requests)
         token_ids: list[int] = logits.argmax(dim=-1).tolist()
         random_rows = [row for row, request in enumerate(requests) if not request.params.greedy]
         if random_rows:
@@ -54,28 +45,20 @@ class Sampler:
 
 
 def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """Inverse of the cumulative distribution at the request's random number, after temperature, top-k and top-p."""
-    params = [request.params for request in requests]
-    logits = logits / _column([p.temperature for p in params], logits)
+    """Inverse of the cumulative distribution at the request's random number, after temperature and truncations."""
+    logits = logits / _column(temperatures(logits, requests), logits)
     uniforms = _column([uniform(r.params.seed, r.num_tokens) for r in requests], logits).double()
-    filtered = [row for row, p in enumerate(params) if p.top_k or p.top_p < 1]
-    token_ids = _inverse_cdf(logits.softmax(dim=-1), uniforms)
-    if filtered:
-        probs, order = logits[filtered].softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        keep = _top_k_top_p(probs, [params[row].top_k for row in filtered], [params[row].top_p for row in filtered])
-        ranks = _inverse_cdf(probs * keep, uniforms[filtered])
-        token_ids[filtered] = order.gather(1, ranks)
+    token_ids = torch.empty_like(uniforms, dtype=torch.long)
+    truncated = [row for row, request in enumerate(requests) if is_truncated(request)]
+    if truncated:
+        descending, order = logits[truncated].sort(dim=-1, descending=True, stable=True)
+        truncate(descending, [requests[row] for row in truncated])
+        ranks = _inverse_cdf(descending.softmax(dim=-1), uniforms[truncated])
+        token_ids[truncated] = order.gather(1, ranks)
+    whole = [row for row in range(len(requests)) if row not in truncated]
+    if whole:
+        token_ids[whole] = _inverse_cdf((logits[whole] if truncated else logits).softmax(dim=-1), uniforms[whole])
     return [int(token_id) for token_id in token_ids.flatten()]
-
-
-def _top_k_top_p(probs: Tensor, top_ks: Sequence[int], top_ps: Sequence[float]) -> Tensor:
-    """Which of the descending ``probs`` [S, V] stay: the k largest, and of these the smallest set that holds p of
-    their mass (nucleus sampling, Holtzman et al. 2020)."""
-    ranks = torch.arange(probs.shape[1], device=probs.device)
-    limits = torch.tensor([k or probs.shape[1] for k in top_ks], device=probs.device).unsqueeze(1)
-    kept = torch.where(ranks < limits, probs, 0.0).double()
-    before = kept.cumsum(dim=-1) - kept
-    return (ranks < limits) & (before < _column(top_ps, probs).double() * kept.sum(dim=-1, keepdim=True))
 
 
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tokenrelay.model.chat_template import ChatTemplateError
 from tokenrelay.model.sampling_params import SamplingParams, SamplingParamsError
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.event_loop import off_loop_if_large
+from tokenrelay.service.api.sampling import require_known, sampling, text_size
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest, ChatMessage
 from tokenrelay.service.api.schemas.completions import CompletionRequest
 from tokenrelay.service.api.schemas.request import GenerationRequest
@@ -32,7 +34,8 @@ class Admission:
         self._require_servable(body)
         size = sum(len(message.text) for message in body.messages) + 64 * len(body.messages)
         prompt = await off_loop_if_large(size, LARGE_TEXT, lambda: _encode_chat(self._model.tokenizer, body.messages))
-        params = self._params(body, body.token_limit, prompt, "messages", default=self._model.max_model_len)
+        shape = await self._sampling(body)
+        params = self._params(body, body.token_limit, prompt, shape, "messages", default=self._model.max_model_len)
         return [Submission(request_id=request_id, prompt_token_ids=prompt, params=params)]
 
     async def completion(self, body: CompletionRequest, request_id: str) -> list[Submission]:
@@ -40,12 +43,13 @@ class Admission:
         _require_at_most(len(body.prompts), self._max_n, "prompt", "prompts in one request")
         size = sum(map(len, body.prompts))
         prompts = await off_loop_if_large(size, LARGE_TEXT, self._encoder(body.prompts))
+        shape = await self._sampling(body)
         ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
         return [
             Submission(
                 request_id=prompt_id,
                 prompt_token_ids=prompt,
-                params=self._params(body, body.token_limit, prompt, "prompt", default=COMPLETIONS_MAX_TOKENS),
+                params=self._params(body, body.token_limit, prompt, shape, "prompt", default=COMPLETIONS_MAX_TOKENS),
             )
             for prompt_id, prompt in zip(ids, prompts, strict=True)
         ]
@@ -53,27 +57,35 @@ class Admission:
     def _require_servable(self, body: GenerationRequest) -> None:
         self._model.require(body.model)
         _require_at_most(body.n or 1, self._max_n, "n", "choices per prompt")
-        _require_known(body.stop_token_ids or (), self._model.tokenizer, "stop_token_ids")
+        require_known(body.stop_token_ids or (), self._model.tokenizer, "stop_token_ids")
 
     def _encoder(self, prompts: Sequence[str | list[int]]) -> Callable[[], list[list[int]]]:
         return lambda: [_encode_prompt(self._model.tokenizer, prompt) for prompt in prompts]
 
+    async def _sampling(self, body: GenerationRequest) -> dict[str, Any]:
+        return await off_loop_if_large(text_size(body), LARGE_TEXT, lambda: sampling(body, self._model.tokenizer))
+
     def _params(
-        self, body: GenerationRequest, max_tokens: int | None, prompt: list[int], param: str, *, default: int
+        self,
+        body: GenerationRequest,
+        max_tokens: int | None,
+        prompt: list[int],
+        shape: dict[str, Any],
+        param: str,
+        *,
+        default: int,
     ) -> SamplingParams:
         room = self._room(len(prompt), max_tokens, param)
         try:
             return SamplingParams(
                 max_tokens=max_tokens or min(default, room),
                 seed=secrets.randbits(63) if body.seed is None else body.seed,
-                temperature=1.0 if body.temperature is None else body.temperature,
-                top_k=body.top_k or 0,
-                top_p=1.0 if body.top_p is None else body.top_p,
                 n=body.n or 1,
                 min_tokens=body.min_tokens or 0,
                 ignore_eos=bool(body.ignore_eos),
                 stop=body.stop_strings,
                 stop_token_ids=tuple(body.stop_token_ids or ()),
+                **shape,
             )
         except SamplingParamsError as error:
             raise InvalidRequestError(f"{error}.", param=error.param) from error
@@ -114,15 +126,10 @@ def _encode_prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, str):
         prompt = tokenizer.encode(prompt, add_special_tokens=True)
     else:
-        _require_known(prompt, tokenizer, "prompt")
+        require_known(prompt, tokenizer, "prompt")
     if not prompt:
         raise InvalidRequestError("'prompt' must hold at least one token.", param="prompt")
     return prompt
-
-
-def _require_known(token_ids: Sequence[int], tokenizer: Tokenizer, param: str) -> None:
-    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < tokenizer.vocab_size:
-        raise InvalidRequestError(f"'{param}': token ids go from 0 to {tokenizer.vocab_size - 1}.", param=param)
 
 
 def _require_at_most(count: int, limit: int, param: str, what: str) -> None:

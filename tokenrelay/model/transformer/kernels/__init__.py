@@ -31,7 +31,7 @@ from torch import Tensor
 
 from tokenrelay.model.transformer.kernels import native, reference
 
-_library: Any = torch.library.Library("tokenrelay", "DEF")
+_library: Any = torch.library.Library("tokenrelay", "DEF")  # type: ignore[no-untyped-call]
 _names: list[str] = []
 _layouts: dict[str, ModuleType] = {}
 

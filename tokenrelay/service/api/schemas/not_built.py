@@ -12,9 +12,6 @@ from typing import Any
 Neutral = Mapping[str, tuple[Any, ...]]
 
 _OPENAI = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "logprobs": (False,),
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -23,8 +20,6 @@ _OPENAI = {
     "safety_identifier": (),
 }
 _VLLM = {
-    "min_p": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "early_stopping": (False,),
@@ -34,8 +29,6 @@ _VLLM = {
     "truncate_prompt_tokens": (),
     "prompt_logprobs": (),
     "logprob_token_ids": (),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "logits_processors": (),
     "guided_json": (),
     "guided_regex": (),
@@ -61,13 +54,7 @@ _LLAMA_CPP = {
     "n_probs": (0,),
     "n_keep": (0,),
     "id_slot": (-1,),
-    "typical_p": (1,),
     "mirostat": (0,),
-    "dynatemp_range": (0,),
-    "dry_multiplier": (0,),
-    "xtc_probability": (0,),
-    "top_n_sigma": (-1,),
-    "repeat_penalty": (1,),
     "samplers": (),
     "t_max_predict_ms": (),
     "timings_per_token": (False,),

@@ -9,11 +9,11 @@ from pydantic_core import PydanticCustomError
 
 from tokenrelay.model.sampling_params import MAX_SEED
 from tokenrelay.service.api.schemas.not_built import IN_STREAM_OPTIONS, Neutral, asks_for_nothing
+from tokenrelay.service.api.schemas.sampling import SamplingFields
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 256
-MAX_INT32 = 2**31 - 1
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
@@ -43,14 +43,11 @@ class StreamOptions(RequestSchema):
     include_usage: bool | None = Field(None, description="End the stream with a chunk that carries the usage.")
 
 
-class GenerationRequest(RequestSchema):
+class GenerationRequest(SamplingFields, RequestSchema):
     """The parameters both routes share. A null is as good as a field left out."""
 
     model: str = Field(description="The served model's name, as in GET /v1/models.")
     max_tokens: int | None = Field(None, ge=1, description="Most tokens to generate.")
-    temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy. Default 1.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Default 1: off.")
-    top_k: int | None = Field(None, ge=0, le=MAX_INT32, description="Default 0: off.")
     n: int | None = Field(None, ge=1, description="Choices to generate. Default 1.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Equal seeds give equal tokens. Default: random.")
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = Field(
