@@ -13,7 +13,7 @@ test: lint types ## lint, types and the default suite
 	$(BIN)/python -m pytest
 
 test-long: $(VENV)/.installed-dev ## chaos and fuzz runs of many minutes
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long --timeout 3600
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
