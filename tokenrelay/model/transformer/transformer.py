@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.transformer.attention import Attention, AttentionMetadata
 from tokenrelay.model.transformer.kv_cache import LayerCache
-from tokenrelay.model.transformer.layers import MLP, make_norm, rotary_table
+from tokenrelay.model.transformer.layers import MLP, make_norm
 
 
 class DecoderLayer(nn.Module):
@@ -45,13 +45,14 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, max_model_len: int) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _embedding(config.vocab_size, config.hidden_size)
         learned = config.positions == "learned"
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.embed_positions = _embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_buffer("rotary", None if learned else rotary_table(config, max_model_len), persistent=False)
+        table = None if learned else torch.empty(max_model_len, config.head_dim)  # filled like a weight, when loading
+        self.register_buffer("rotary", table, persistent=False)
 
     def forward(
         self,
@@ -79,3 +80,8 @@ class Transformer(nn.Module):
     def _activation_dtype(self) -> torch.dtype:
         """Norm weights are kept in the type that the activations flow in."""
         return next(self.norm.parameters()).dtype
+
+
+def _embedding(count: int, size: int) -> nn.Embedding:
+    """Without a random start: drawing one on the meta device makes torch import its compiler, two seconds."""
+    return nn.Embedding(count, size, _weight=torch.empty(count, size))
