@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.transformer.attention import AttentionMetadata
 from tokenrelay.model.transformer.kv_cache import allocate_kv_cache
+from tokenrelay.model.transformer.loading import materialise
 from tokenrelay.model.transformer.transformer import Transformer
 
 LLAMA = ModelConfig(
@@ -41,27 +42,16 @@ GPT2 = dataclasses.replace(
 )
 
 
-def put(model: Transformer, name: str, tensor: torch.Tensor) -> None:
-    module, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(module)
-    if leaf in owner._parameters:
-        del owner._parameters[leaf]
-        setattr(owner, leaf, torch.nn.Parameter(tensor, requires_grad=False))
-    else:
-        setattr(owner, leaf, tensor)
-
-
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config.architecture)
 @torch.inference_mode()
 def test_a_mixed_step_of_a_prefill_chunk_and_a_decode(config: ModelConfig) -> None:
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     with torch.device("meta"):
-        model = Transformer(config, 64)
+        model = Transformer(config, 64).to(bf16)
     with FakeTensorMode():
-        state = {name: torch.empty(t.shape, dtype=bf16, device=cuda) for name, t in model.named_parameters()}
-        state |= {name: torch.empty(t.shape, device=cuda) for name, t in model.named_buffers()}
-        for name, tensor in state.items():  # not to_empty(): it cannot swap a meta tensor for a fake one
-            put(model, name, tensor)
+        materialise(model, cuda)
+        if config.positions == "rotary":
+            model.rotary = torch.empty(64, config.head_dim, device=cuda)
         cache = allocate_kv_cache(config, 8, 16, bf16, cuda)
         metadata = AttentionMetadata(
             slot_mapping=torch.empty(21, dtype=torch.int64, device=cuda),

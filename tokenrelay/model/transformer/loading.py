@@ -93,12 +93,20 @@ def _empty(config: ModelConfig, max_model_len: int, dtype: torch.dtype, device: 
         model = Transformer(config, max_model_len).to(dtype)
     if device.type == "cpu":
         _keep_in_fp32(model, with_linears=not native.is_available())
-    model.to_empty(device=device)
+    materialise(model, device)
     if config.positions == "rotary":
         model.rotary = rotary_table(config, max_model_len).to(device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model
+
+
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Give every meta parameter memory, uninitialised. (``to_empty`` would import torch's symbolic shapes for it)"""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            module.register_parameter(name, nn.Parameter(memory, requires_grad=False))
 
 
 def _keep_in_fp32(model: nn.Module, *, with_linears: bool) -> None:
