@@ -56,6 +56,8 @@ class _Supervisor:
         ]
         if broker:
             keepers.append(asyncio.create_task(self._keep_broker(broker)))
+        for keeper in keepers:
+            keeper.add_done_callback(self._note_end)
         announcement = asyncio.create_task(_announce_when_ready(self._settings))
         await self._stopping.wait()
         announcement.cancel()
@@ -99,6 +101,12 @@ class _Supervisor:
             log.error("process died", name=process, exit_code=code)
             if not await failures.pause():
                 self._give_up()
+
+    def _note_end(self, keeper: asyncio.Task[None]) -> None:
+        """What cannot even be started again ends the service, instead of leaving it without that process."""
+        if not keeper.cancelled() and (error := keeper.exception()) is not None:
+            log.critical("giving up", error=str(error))
+            self._give_up()
 
     def _give_up(self) -> None:
         self._gave_up = True

@@ -62,7 +62,7 @@ class Worker:
         self._wake.set()
 
     async def run(self) -> None:
-        """Serve until drained. Raises what ended the engine, for the process to exit non-zero."""
+        """Serve until drained. Raises what ended the engine or a loop, for the process to exit non-zero."""
         self._engine.start()
         loops = [
             asyncio.create_task(self._forever(turn, pause))
@@ -73,6 +73,8 @@ class Worker:
                 (self._listen, 0.0),
             )
         ]
+        for task in loops:
+            task.add_done_callback(self._note_loop_end)
         try:
             await self._until_drained_or_dead()
             await self._hand_back()
@@ -214,4 +216,14 @@ class Worker:
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, publications)
 
     def _note_death(self, error: BaseException) -> None:
-        self._loop.call_soon_threadsafe(self._death.set_result, error)
+        """In the engine's thread."""
+        self._loop.call_soon_threadsafe(self._die, error)
+
+    def _note_loop_end(self, task: asyncio.Task[None]) -> None:
+        """A worker that goes on without one of its loops would look alive, and claim or publish nothing."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._die(error)
+
+    def _die(self, error: BaseException) -> None:
+        if not self._death.done():
+            self._death.set_result(error)
