@@ -7,7 +7,7 @@ of torch. Shapes are SmolLM2-135M's. Weights are cycled through more memory than
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor
 from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear
+from tokenrelay.model.transformer.kv_cache import LayerCache
 
 LINEARS = {"qkv": (576, 960), "out": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
 ROWS = (1, 4, 6, 16, 32, 64, 512)
 COLD_BYTES = 200e6  # weights touched in one round: well above the last-level cache
 CONTEXTS = ((1, 1, 512), (1, 1, 4096), (16, 1, 512), (64, 1, 512), (1, 512, 512), (1, 512, 2048))
+WINDOW = 512
 LAYERS = 30
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
 
@@ -78,24 +80,35 @@ def apply_all(layers: list[PackedLinear], x: Tensor) -> None:
         layer(x)
 
 
-def benchmark_attention(limits: tuple[float, float]) -> None:
-    for requests, query, context in CONTEXTS:
+def benchmark_attention(limits: tuple[float, float], dtype: torch.dtype, window: int = 0) -> None:
+    for requests, query, context in (sizes for sizes in CONTEXTS if sizes[2] > window):
         blocks = context // BLOCK
-        shapes = kernels.kv_cache_shapes(torch.device("cpu"), requests * blocks, BLOCK, KV_HEADS, HEAD_DIM)
-        caches = [[torch.randn(shape).bfloat16() for shape in shapes] for _ in range(LAYERS)]
+        cache = [random_cache(requests * blocks, dtype) for _ in range(LAYERS)]
         tables = torch.randperm(requests * blocks).view(requests, blocks).int()
         index = tables, torch.arange(requests + 1).int() * query, torch.full((requests,), context).int()
         q = torch.randn(requests * query, HEADS, HEAD_DIM)
-        call = partial(attend_in_all_layers, q, caches, index)
-        pairs = requests * query * (2 * context - query + 1) // 2  # of a query and a key that it sees
-        cache_bytes = requests * context * KV_HEADS * HEAD_DIM * 2 * 2
-        size = f"{requests} x {query} of {context}"
-        report("attention", size, seconds(call) / LAYERS, cache_bytes, pairs * HEADS * HEAD_DIM * 4, limits)
+        elapsed = seconds(partial(attend_in_all_layers, q, cache, index, window)) / LAYERS
+        most = window or context
+        pairs = requests * sum(min(most, position + 1) for position in range(context - query, context))
+        seen = min(context, most + query - 1) / context  # of the cache
+        cache_bytes = sum(tensor.nbytes for tensor in cache[0] if tensor is not None) * seen
+        size = f"{requests} x {query} of {context}" + (f", last {window}" if window else "")
+        report(f"attn {str(dtype)[6:]}", size, elapsed, cache_bytes, pairs * HEADS * HEAD_DIM * 4, limits)
 
 
-def attend_in_all_layers(q: Tensor, caches: list[list[Tensor]], index: tuple[Tensor, Tensor, Tensor]) -> None:
-    for k_cache, v_cache in caches:
-        kernels.paged_attention(q, k_cache, v_cache, *index, HEAD_DIM**-0.5)
+def random_cache(blocks: int, dtype: torch.dtype) -> LayerCache:
+    shapes = kernels.kv_cache_shapes(torch.device("cpu"), blocks, BLOCK, KV_HEADS, HEAD_DIM)
+    if dtype is not torch.int8:
+        return LayerCache(*(torch.randn(shape).to(dtype) for shape in shapes))
+    elements = (torch.randint(-127, 128, shape, dtype=dtype) for shape in shapes)
+    return LayerCache(*elements, *torch.rand(2, blocks, KV_HEADS, BLOCK))
+
+
+def attend_in_all_layers(
+    q: Tensor, cache: Sequence[LayerCache], index: tuple[Tensor, Tensor, Tensor], window: int
+) -> None:
+    for keys, values, *scales in cache:
+        kernels.paged_attention(q, keys, values, *index, HEAD_DIM**-0.5, window, 0, None, *scales)
 
 
 def benchmark_rows(limits: tuple[float, float]) -> None:
@@ -124,7 +137,9 @@ def main() -> None:
     print(f"limits: read {limits[0] / 1e9:.1f} GB/s, fp32 product {limits[1] / 1e9:.0f} Gop/s")
     with torch.inference_mode():
         benchmark_linears(limits)
-        benchmark_attention(limits)
+        benchmark_attention(limits, torch.bfloat16)
+        benchmark_attention(limits, torch.bfloat16, WINDOW)
+        benchmark_attention(limits, torch.int8)
         benchmark_rows(limits)
 
 

@@ -40,9 +40,10 @@ GPT2 = dataclasses.replace(
     positions="learned",
     attention_bias=True,
 )
+WINDOWED = dataclasses.replace(LLAMA, sliding_window=9)
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config.architecture)
+@pytest.mark.parametrize("config", [LLAMA, GPT2, WINDOWED], ids=["llama", "gpt2", "sliding window"])
 @torch.inference_mode()
 def test_a_mixed_step_of_a_prefill_chunk_and_a_decode(config: ModelConfig) -> None:
     cuda, bf16 = torch.device("cuda"), torch.bfloat16

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenrelay
+from tests.model.transformer.paged_request import BLOCK, PagedRequest, cpu_cache
 from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kernels import cuda, native, reference
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, replace_linears
 
-BLOCK = 16
 WITHOUT_LIBRARY = """
 import torch
 from tokenrelay.model.transformer import kernels
@@ -31,6 +31,7 @@ assert native.isa() == "none"
 print(native.why_unavailable())
 """
 DTYPES = [torch.bfloat16, torch.float32]
+CACHE_DTYPES = [*DTYPES, torch.int8]
 
 needs_native = pytest.mark.skipif(not native.is_available(), reason=native.why_unavailable() or "native library")
 pytestmark = needs_native
@@ -55,37 +56,6 @@ def test_without_the_library_the_reference_is_registered(tmp_path: Path) -> None
 
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
-
-
-def cpu_cache(
-    blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, block_size: int = BLOCK
-) -> tuple[Tensor, Tensor]:
-    """A cache of random content: what a kernel must not read, it would show."""
-    k_shape, v_shape = kernels.kv_cache_shapes(torch.device("cpu"), blocks, block_size, kv_heads, head_dim)
-    return torch.randn(k_shape).to(dtype), torch.randn(v_shape).to(dtype)
-
-
-class PagedRequest:
-    """One request of random q, k, v in a cache with blocks out of order."""
-
-    def __init__(self, length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        self.length, self.heads, self.kv_heads, self.head_dim = length, heads, kv_heads, head_dim
-        self.qkv = torch.randn(length, (heads + 2 * kv_heads) * head_dim)
-        blocks = -(-length // BLOCK)
-        self.table = torch.randperm(blocks + 3)[:blocks].to(torch.int32)
-        angles = torch.randn(length, head_dim // 2)
-        self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
-        self.k_cache, self.v_cache = cpu_cache(blocks + 3, kv_heads, head_dim, dtype)
-
-    def forward(self, begin: int, end: int) -> Tensor:
-        """Rotate, cache and attend for the tokens [begin, end), as one step of the engine."""
-        positions = torch.arange(begin, end)
-        slots = self.table[positions // BLOCK].long() * BLOCK + positions % BLOCK
-        qkv = self.qkv[begin:end]
-        caches = (self.k_cache, self.v_cache)
-        q = kernels.rotate_and_cache(qkv, positions, self.cos_sin, *caches, slots, self.heads, self.kv_heads)
-        starts, lengths = torch.tensor([0, end - begin]).int(), torch.tensor([end]).int()
-        return kernels.paged_attention(q, *caches, self.table.unsqueeze(0), starts, lengths, self.head_dim**-0.5)
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -144,7 +114,7 @@ def test_rotate_and_cache_equals_the_reference(head_dim: int, rotary: bool, dtyp
     slots = torch.randperm(8 * BLOCK)[:tokens]
     slots[5] = slots[9] = -1
     positions, cos_sin = torch.randint(0, 50, (tokens,)), torch.randn(50, head_dim) if rotary else None
-    cache = cpu_cache(8, kv_heads, head_dim, dtype)
+    cache = cpu_cache(8, kv_heads, head_dim, dtype)[:2]
     expected_cache = cache[0].clone(), cache[1].clone()
     q = kernels.rotate_and_cache(qkv, positions, cos_sin, *cache, slots, heads, kv_heads)
     close(q, reference.rotate_and_cache(qkv, positions, cos_sin, *expected_cache, slots, heads, kv_heads))
@@ -152,34 +122,6 @@ def test_rotate_and_cache_equals_the_reference(head_dim: int, rotary: bool, dtyp
         cache, expected_cache, strict=True
     ):  # a bf16 value may round the other way after one fused multiply
         torch.testing.assert_close(written, expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [8, 16, 40, 64, 128])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (9, 3), (8, 1)])
-def test_attention_equals_the_reference(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    query_lengths, lengths = [1, 20, 1, 33, 70], [1, 20, 150, 100, 77]
-    blocks = 40
-    caches = cpu_cache(blocks, kv_heads, head_dim, dtype)
-    q = torch.randn(sum(query_lengths), heads, head_dim)
-    tables = torch.stack([torch.randperm(blocks)[:10] for _ in lengths]).int()
-    starts = torch.tensor([0, *query_lengths]).cumsum(0).int()
-    arguments = (q, *caches, tables, starts, torch.tensor(lengths).int(), head_dim**-0.5)
-    close(kernels.paged_attention(*arguments), reference.paged_attention(*arguments))
-
-
-def test_blocks_may_be_larger_than_sixteen() -> None:
-    caches = cpu_cache(3, 2, 16, block_size=32)
-    table, starts, lengths = torch.tensor([[2, 0]]).int(), torch.tensor([0, 5]).int(), torch.tensor([50]).int()
-    arguments = (torch.randn(5, 4, 16), *caches, table, starts, lengths, 0.25)
-    close(kernels.paged_attention(*arguments), reference.paged_attention(*arguments))
-
-
-def test_head_sizes_beyond_the_kernels_fall_back() -> None:
-    caches = cpu_cache(2, 1, 272)
-    starts, lengths = torch.tensor([0, 2]).int(), torch.tensor([9]).int()
-    out = kernels.paged_attention(torch.randn(2, 1, 272), *caches, torch.tensor([[1]]).int(), starts, lengths, 0.1)
-    assert out.shape == (2, 272)
 
 
 # --- bits -----------------------------------------------------------------------------------------------------------
@@ -194,28 +136,6 @@ def test_a_row_of_linear_does_not_depend_on_the_other_rows(dtype: torch.dtype) -
         assert torch.equal(layer(x[:rows]), alone[:rows])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (9, 3), (8, 1)])
-def test_a_prefill_row_has_the_bits_of_a_decode_step(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
-    request = PagedRequest(150, heads, kv_heads, 24, dtype)
-    whole = request.forward(0, 150)
-    for chunk in (1, 7, 16, 64):
-        chunks = [request.forward(begin, min(begin + chunk, 150)) for begin in range(0, 150, chunk)]
-        assert torch.equal(torch.cat(chunks), whole)
-
-
-def test_attention_does_not_depend_on_the_other_requests() -> None:
-    k_cache, v_cache = cpu_cache(30, 3, 64, torch.bfloat16)
-    q, tables = torch.randn(3 + 60 + 1, 9, 64), torch.stack([torch.randperm(30)[:20] for _ in range(3)]).int()
-    starts, lengths = torch.tensor([0, 3, 63, 64]).int(), torch.tensor([300, 80, 77]).int()
-    together = kernels.paged_attention(q, k_cache, v_cache, tables, starts, lengths, 0.125)
-    for b in range(3):
-        begin, end = int(starts[b]), int(starts[b + 1])
-        start, length, table = torch.tensor([0, end - begin]).int(), lengths[b : b + 1], tables[b : b + 1]
-        alone = kernels.paged_attention(q[begin:end], k_cache, v_cache, table, start, length, 0.125)
-        assert torch.equal(alone, together[begin:end])
-
-
 def everything() -> list[Tensor]:
     """The output of every operation on fixed inputs."""
     torch.manual_seed(1)
@@ -227,8 +147,9 @@ def everything() -> list[Tensor]:
         kernels.rms_norm(x, weight, 1e-5),
         kernels.layer_norm(x, weight, bias, 1e-5),
         *(kernels.gated_activation(x * 10, kind) for kind in kinds),
-        PagedRequest(100, 9, 3, 24, torch.bfloat16).forward(0, 100),
-        PagedRequest(200, 4, 4, 64, torch.float32).forward(0, 200),
+        *(PagedRequest(100, 9, 3, 24, dtype).forward(0, 100) for dtype in CACHE_DTYPES),
+        *(PagedRequest(200, 4, 4, 64, dtype, 40).forward(0, 200) for dtype in CACHE_DTYPES),
+        *(PagedRequest(200, 2, 1, 64, dtype, 40, 5).forward(0, 200) for dtype in CACHE_DTYPES),
     ]
 
 
@@ -272,5 +193,10 @@ def test_the_cuda_operations_accept_their_shapes() -> None:
         for layer in (kernels, cuda):  # the registered shapes, then the calls themselves
             q = layer.rotate_and_cache(qkv, index, cos_sin, k_cache, v_cache, index, heads, kv_heads)
             assert (q.shape, q.dtype, q.device.type) == ((tokens, heads, head_dim), torch.bfloat16, "cuda")
-            out = layer.paged_attention(q, k_cache, v_cache, tables, starts, lengths, 0.125)
-            assert (out.shape, out.dtype, out.device.type) == ((tokens, heads * head_dim), torch.bfloat16, "cuda")
+            for window in (0, 20):
+                out = layer.paged_attention(q, k_cache, v_cache, tables, starts, lengths, 0.125, window)
+                assert (out.shape, out.dtype, out.device.type) == ((tokens, heads * head_dim), torch.bfloat16, "cuda")
+        with pytest.raises(ValueError, match="attention sinks are not supported on CUDA"):
+            cuda.paged_attention(q, k_cache, v_cache, tables, starts, lengths, 0.125, 20, 4)
+        with pytest.raises(ValueError, match="int8 KV cache is not supported on CUDA"):
+            cuda.paged_attention(q, k_cache, v_cache, tables, starts, lengths, 0.125, key_scales=cos_sin)

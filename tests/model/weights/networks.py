@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 from gguf.quants import quantize
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 LLAMA_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -37,8 +40,16 @@ GPT2_NAMES = {
     "mlp.c_proj": "ffn_down",
 }
 
+_FACTORS = [1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]  # one per frequency of a head of 16
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": _FACTORS[::-1],
+    "long_factor": _FACTORS,
+    "original_max_position_embeddings": 32,
+}
 
-def tiny_llama(tie: bool = True) -> LlamaForCausalLM:
+
+def tiny_llama(tie: bool = True, rope: dict[str, Any] | None = None) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=96,
@@ -50,6 +61,7 @@ def tiny_llama(tie: bool = True) -> LlamaForCausalLM:
         max_position_embeddings=128,
         tie_word_embeddings=tie,
         eos_token_id=2,
+        rope_parameters=rope and dict(rope),
     )
     return LlamaForCausalLM(config)
 
@@ -81,6 +93,8 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: GGMLQuantizationType = 
         used = kind if values.ndim == 2 else GGMLQuantizationType.F32
         data = quantize(np.ascontiguousarray(values.numpy()), used)
         writer.add_tensor(gguf_name(name, llama), data, raw_dtype=used)
+    if llama:
+        _write_rope(writer, model.config)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -116,3 +130,56 @@ def _write_shape(writer: GGUFWriter, model: PreTrainedModel, llama: bool) -> Non
     else:
         writer.add_feed_forward_length(4 * 64)
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
+
+
+def _write_rope(writer: GGUFWriter, config: LlamaConfig) -> None:
+    """Scalars as metadata, lists as tensors; Llama 3's factors are finished by the converter."""
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if "original_max_position_embeddings" in rope and rope["rope_type"] != "llama3":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    match rope["rope_type"]:
+        case "linear" | "yarn" as kind:
+            writer.add_rope_scaling_type(RopeScalingType(kind))
+            writer.add_rope_scaling_factor(rope["factor"])
+            _write_yarn(writer, rope)
+        case "llama3":
+            frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+            plain = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+            writer.add_tensor("rope_freqs.weight", (plain / frequencies).numpy())
+        case "longrope":
+            _, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
+            writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+            writer.add_rope_scaling_attn_factors(attention_factor)
+            for name in ("short", "long"):
+                writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
+
+
+def _write_yarn(writer: GGUFWriter, rope: dict[str, Any]) -> None:
+    for name, add in (
+        ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+        ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+    ):
+        if name in rope:
+            add(rope[name])
+
+
+def with_metadata(path: Path, add: Callable[[GGUFWriter], object], tensor: tuple[str, int] | None = None) -> Path:
+    """A file that says no more than it must, what ``add`` writes, and a tensor of zeros by name and size."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_feed_forward_length(96)
+    writer.add_layer_norm_rms_eps(1e-5)
+    add(writer)
+    shapes = {"token_embd.weight": (96, 64), "blk.0.attn_norm.weight": (64,), "blk.0.ffn_up.weight": (96, 64)}
+    for name, shape in (shapes | ({tensor[0]: (tensor[1],)} if tensor else {})).items():
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

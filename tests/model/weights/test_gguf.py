@@ -16,8 +16,9 @@ from gguf import GGUFWriter
 from gguf.quants import dequantize
 from transformers import PreTrainedModel
 
-from tests.model.weights.networks import expected_tensors, tiny_gpt2, tiny_llama, write_gguf
-from tokenrelay.model.config import ModelConfig, UnsupportedModelError
+from tests.model.weights.networks import LONGROPE, expected_tensors, tiny_gpt2, tiny_llama, with_metadata, write_gguf
+from tokenrelay.model.config import UnsupportedModelError
+from tokenrelay.model.hf_config import read_hf_config
 from tokenrelay.model.weights.checkpoint import open_checkpoint
 from tokenrelay.model.weights.config_reader import config_from_gguf, read_model_config
 from tokenrelay.model.weights.errors import CheckpointError
@@ -52,7 +53,7 @@ def test_tensors_equal_the_state_dict(make: Callable[[], PreTrainedModel], kind:
 def test_config_equals_that_of_the_folder(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
     model, path = make(), tmp_path / "tiny.gguf"
     write_gguf(model, path)
-    expected = ModelConfig.from_hf(model.config.to_dict())
+    expected = read_hf_config(model.config.to_dict())
     found = open_checkpoint(resolve(str(path))).config()
     assert found.norm_eps == pytest.approx(expected.norm_eps, rel=1e-6)
     unlike = {f for f in expected.__slots__ if getattr(found, f) != getattr(expected, f)}
@@ -92,49 +93,31 @@ def test_smollm2_config(smollm2_path: Path) -> None:
     assert (config.rope_theta, config.tie_word_embeddings, config.eos_token_ids) == (100_000.0, True, (2,))
 
 
-def with_metadata(path: Path, add: Callable[[GGUFWriter], None], tensor: str | None = None) -> Path:
-    writer = GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(64)
-    writer.add_block_count(1)
-    writer.add_head_count(4)
-    writer.add_feed_forward_length(96)
-    writer.add_layer_norm_rms_eps(1e-5)
-    add(writer)
-    shapes = {"token_embd.weight": (96, 64), "blk.0.attn_norm.weight": (64,), "blk.0.ffn_up.weight": (96, 64)}
-    for name, shape in (shapes | ({tensor: (8,)} if tensor else {})).items():
-        writer.add_tensor(name, np.zeros(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize(
     ("add", "message"),
     [
-        (lambda w: w.add_string("llama.rope.scaling.type", "linear"), "rope scaling"),
         (lambda w: w.add_expert_count(8), "experts"),
         (lambda w: w.add_rope_dimension_count(8), "part of a head"),
-        (lambda w: w.add_sliding_window(64), "sliding"),
+        (lambda w: w.add_sliding_window_pattern([True]), "some layers"),
+        (lambda w: w.add_rope_scaling_alpha(1000.0), "alpha"),
     ],
 )
 def test_other_networks_of_the_same_name_are_refused(
-    add: Callable[[GGUFWriter], None], message: str, tmp_path: Path
+    add: Callable[[GGUFWriter], object], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         GGUFCheckpoint(with_metadata(tmp_path / "x.gguf", add))
 
 
-def test_rope_factors_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="rope"):
-        GGUFCheckpoint(with_metadata(tmp_path / "x.gguf", lambda w: None, tensor="rope_freqs.weight"))
+@pytest.mark.parametrize("window", [0, 64])
+def test_a_window_makes_it_mistral(window: int, tmp_path: Path) -> None:
+    config = GGUFCheckpoint(with_metadata(tmp_path / "x.gguf", lambda w: w.add_sliding_window(window))).config()
+    assert config.sliding_window == window
 
 
 def test_unknown_tensor_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"blk\.0\.mystery\.weight"):
-        list(GGUFCheckpoint(with_metadata(tmp_path / "x.gguf", lambda w: None, "blk.0.mystery.weight")).tensors())
+        list(GGUFCheckpoint(with_metadata(tmp_path / "x.gguf", lambda w: None, ("blk.0.mystery.weight", 8))).tensors())
 
 
 def test_type_that_cannot_be_dequantized_is_named(tmp_path: Path) -> None:
@@ -161,7 +144,7 @@ def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
 def test_damaged_headers_are_refused_or_harmless(tmp_path: Path) -> None:
     """400 seeded damages: flipped bytes, lengths of any size, truncations. Never another exception, never slow."""
     path, random_ = tmp_path / "x.gguf", random.Random(0)
-    write_gguf(tiny_llama(), path)
+    write_gguf(tiny_llama(rope=LONGROPE), path)
     good = path.read_bytes()
     header = read_gguf_metadata(path).tensors["token_embd.weight"].offset
     start, refused = time.perf_counter(), 0

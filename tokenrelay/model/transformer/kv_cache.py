@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,23 +15,53 @@ from tokenrelay.model.transformer import kernels
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer; their layout belongs to the device's attention kernel."""
+    """Keys and values of one layer; their layout belongs to the device's attention kernel.
+
+    An int8 cache has a scale for every key and every value of a head: [blocks, KV, block_size] fp32.
+    """
 
     keys: Tensor
     values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Memory of one block over all layers, keys and values."""
-    return 2 * config.num_layers * config.kv_size * block_size * dtype.itemsize
+    """Memory of one block over all layers: keys, values and their scales."""
+    per_token = config.kv_size * dtype.itemsize
+    if dtype is torch.int8:
+        per_token += config.num_kv_heads * torch.float32.itemsize
+    return 2 * config.num_layers * block_size * per_token
 
 
 def allocate_kv_cache(
     config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[LayerCache]:
-    """One zeroed ``LayerCache`` per layer. Zeroed, for a masked key must not be a NaN."""
+    """One zeroed ``LayerCache`` per layer. Zeroed, for a masked key must not be a NaN.
+
+    Raises:
+        ValueError: an int8 cache on a GPU.
+    """
     shapes = kernels.kv_cache_shapes(device, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-    return [LayerCache(*(_zeros(shape, dtype, device) for shape in shapes)) for _ in range(config.num_layers)]
+    tensors = [(shape, dtype) for shape in shapes]
+    if dtype is torch.int8:
+        if device.type != "cpu":
+            raise ValueError(f"kv_cache_dtype int8 is not supported on {device.type}; leave it at 'auto'")
+        tensors += [((num_blocks, config.num_kv_heads, block_size), torch.float32)] * 2
+    return [LayerCache(*(_zeros(shape, kind, device) for shape, kind in tensors)) for _ in range(config.num_layers)]
+
+
+def copy_blocks(kv_cache: Sequence[LayerCache], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy whole blocks, (source, destination) each, in every layer: sequences that part ways need a last block each.
+
+    All sources are read before a destination is written.
+    """
+    device = kv_cache[0].keys.device
+    sources, destinations = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+    for layer in kv_cache:
+        for tensor in layer:
+            if tensor is not None:
+                tensor.index_copy_(0, destinations, tensor.index_select(0, sources))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Normalisation, rotary tables and the MLP: the parts around attention."""
+"""Normalisation and the MLP: the parts around attention."""
 
 from __future__ import annotations
 
@@ -59,11 +59,3 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.down_proj(self._apply_activation(self.up_proj(x), self._activation))
         return hidden
-
-
-def rotary_table(config: ModelConfig, max_len: int) -> Tensor:
-    """cos, then sin, of every position's angles: [max_len, head_dim] fp32. (RoFormer, Su et al. 2021)"""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    angles = torch.outer(torch.arange(max_len, dtype=torch.float32), frequencies)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.packed_linear import replace_linears
-from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm, rotary_table
+from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm
+from tokenrelay.model.transformer.rope import rotary_table
 from tokenrelay.model.transformer.transformer import Transformer
 
 
@@ -74,23 +75,32 @@ def load_transformer(
     max_model_len: int,
     dtype: torch.dtype,
     device: torch.device,
+    attention_sinks: int = 0,
 ) -> Transformer:
     """Build the network, fill it from (name, tensor) pairs, and make it ready for ``device``.
 
     On a CPU activations are fp32 whatever the weights are: its kernels accumulate in fp32 anyway. Peak memory is
-    the weights in ``dtype`` and one tensor. Raises WeightsError.
+    the weights in ``dtype`` and one tensor.
+
+    Raises:
+        WeightsError: the tensors do not fit the network.
+        ValueError: ``attention_sinks`` do not suit the network or the device.
     """
-    model = _empty(config, max_model_len, dtype, device)
+    if attention_sinks and device.type != "cpu":
+        raise ValueError(f"attention_sinks is not supported on {device.type}; set it to 0")
+    model = _empty(config, max_model_len, attention_sinks, dtype, device)
     _fill(model, tensors)
     if device.type == "cpu" and native.is_available():
         replace_linears(model)
     return model.requires_grad_(False).eval()
 
 
-def _empty(config: ModelConfig, max_model_len: int, dtype: torch.dtype, device: torch.device) -> Transformer:
+def _empty(
+    config: ModelConfig, max_model_len: int, attention_sinks: int, dtype: torch.dtype, device: torch.device
+) -> Transformer:
     """The network with uninitialised parameters in their final types."""
     with torch.device("meta"):
-        model = Transformer(config, max_model_len).to(dtype)
+        model = Transformer(config, max_model_len, attention_sinks).to(dtype)
     if device.type == "cpu":
         _keep_in_fp32(model, with_linears=not native.is_available())
     materialise(model, device)

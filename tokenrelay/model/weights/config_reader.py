@@ -1,7 +1,7 @@
 """ModelConfig from a checkpoint's own description: config.json of a folder, or the metadata of a GGUF file.
 
 Reads no weights and needs no torch. GGUF keys are renamed to those of transformers, so that one reader
-(``ModelConfig.from_hf``) decides what is supported.
+(``hf_config``) decides what is supported.
 """
 
 from __future__ import annotations
@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from tokenrelay.model.config import ModelConfig, UnsupportedModelError
+from tokenrelay.model.hf_config import read_hf_config
 from tokenrelay.model.weights.errors import CheckpointError
 from tokenrelay.model.weights.gguf_metadata import GGUFMetadata, read_gguf_metadata
+from tokenrelay.model.weights.gguf_rope import rope_parameters
 from tokenrelay.model.weights.sources import ModelSource
 
 # The end of a text, of a turn, and of a message that calls a tool: generation stops at each.
 _GGUF_EOS_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+_OTHER_LLAMAS = {
+    "expert_count": "mixtures of experts",
+    "attention.sliding_window_pattern": "windows in some layers only",
+    "rope.freq_base_swa": "windows with positions of their own",
+    "rope.dimension_sections": "positions in more than one dimension",
+    "rope.scaling.alpha": "rope frequencies scaled by alpha",
+}
 
 
 def read_model_config(source: ModelSource) -> ModelConfig:
@@ -62,7 +71,7 @@ def gguf_eos_ids(metadata: GGUFMetadata) -> tuple[int, ...]:
 def config_from_folder(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     try:
-        config = ModelConfig.from_hf(read_json(path))
+        config = read_hf_config(read_json(path))
     except KeyError as error:
         raise CheckpointError(f"{path}: has no {error}") from error
     except (TypeError, AttributeError, ArithmeticError) as error:
@@ -82,7 +91,10 @@ def config_from_gguf(metadata: GGUFMetadata) -> ModelConfig:
         "tie_word_embeddings": "output.weight" not in metadata.tensors,
         "eos_token_id": list(gguf_eos_ids(metadata)),
     }
-    config = ModelConfig.from_hf(common | rename(metadata))
+    try:
+        config = read_hf_config(common | rename(metadata))
+    except ArithmeticError as error:
+        raise metadata.error(f"holds a value out of range: {error}") from error
     _check_tensor_table(config, metadata)
     if config.architecture == "llama":
         # convert_hf_to_gguf writes no switch for these; the tensors themselves say it
@@ -136,19 +148,22 @@ def _llama(metadata: GGUFMetadata) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_position_embeddings": metadata.count("llama.context_length"),
         "rms_norm_eps": metadata.number("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": metadata.number("llama.rope.freq_base", 10_000.0),
+        "rope_parameters": rope_parameters(metadata, head_dim),
+        **_window(metadata),
     }
+
+
+def _window(metadata: GGUFMetadata) -> dict[str, Any]:
+    """Mistral's files are of architecture llama; a window, if there is one, tells them apart."""
+    key = "llama.attention.sliding_window"
+    return {"model_type": "mistral", "sliding_window": metadata.count(key)} if metadata.values.get(key) else {}
 
 
 def _refuse_other_llamas(metadata: GGUFMetadata) -> None:
     """Networks that share the architecture's name, and would give plausible nonsense if run as a plain one."""
-    scaling = metadata.string("llama.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in metadata.tensors or "llama.rope.scale_linear" in metadata.values:
-        raise UnsupportedModelError(f"{metadata.path}: rope scaling ({scaling}) is not supported yet")
-    if metadata.values.get("llama.expert_count"):
-        raise UnsupportedModelError(f"{metadata.path}: mixtures of experts are not supported yet")
-    if "llama.attention.sliding_window" in metadata.values:
-        raise UnsupportedModelError(f"{metadata.path}: sliding-window attention is not supported yet")
+    for key, what in _OTHER_LLAMAS.items():
+        if metadata.values.get(f"llama.{key}"):
+            raise UnsupportedModelError(f"{metadata.path}: {what} ({key}) are not supported")
 
 
 def _gpt2(metadata: GGUFMetadata) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from gguf.quants import dequantize
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.weights.config_reader import config_from_gguf
 from tokenrelay.model.weights.gguf_metadata import GGUFMetadata, TensorInfo, read_gguf_metadata
+from tokenrelay.model.weights.gguf_rope import ROPE_TENSORS
 
 # Elements dequantized at once: they fit the cache, a call per row would cost four times as much, and torch does not
 # split so few among threads, which on a busy machine wait for each other.
@@ -76,6 +77,8 @@ class GGUFCheckpoint:
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor once, in file order; raises CheckpointError naming a tensor that cannot be read."""
         for info in self._metadata.tensors.values():
+            if info.name in ROPE_TENSORS:
+                continue
             name = hf_name(info.name, self._metadata)
             values = _dequantized(info, self._data, self._metadata, dtype)
             yield name, self._hf_layout(info, name, values).contiguous()

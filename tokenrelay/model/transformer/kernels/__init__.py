@@ -1,7 +1,8 @@
 """The operations of a decoder layer: one interface each, one implementation per device.
 
 T = tokens in the step, H = query heads, KV = key/value heads, D = head size, B = requests, M = blocks of the longest.
-Activations are fp32 on the CPU (weights and cache bf16 or fp32) and of the model's dtype on CUDA.
+Activations are fp32 on the CPU (weights bf16 or fp32, the cache one of these or int8 with a scale for every key and
+value of a head) and of the model's dtype on CUDA.
 
 | operation           | from                                                        | to                          |
 |---------------------|-------------------------------------------------------------|-----------------------------|
@@ -74,15 +75,16 @@ _add_layer_norm = _define(
 _rotate_and_cache = _define(
     "rotate_and_cache",
     "(Tensor qkv, Tensor positions, Tensor? cos_sin, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
-    " int num_heads, int num_kv_heads) -> Tensor",
-    lambda qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads: qkv.new_empty(
+    " int num_heads, int num_kv_heads, Tensor(c!)? key_scales=None, Tensor(d!)? value_scales=None) -> Tensor",
+    lambda qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, *_: qkv.new_empty(
         (qkv.shape[0], num_heads, qkv.shape[1] // (num_heads + 2 * num_kv_heads))
     ),
 )
 _paged_attention = _define(
     "paged_attention",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor query_start_loc, Tensor seq_lens,"
-    " float scale) -> Tensor",
+    " float scale, int window=0, int num_sinks=0, Tensor? q_sink=None, Tensor? key_scales=None,"
+    " Tensor? value_scales=None) -> Tensor",
     lambda q, *_: q.new_empty((q.shape[0], q.shape[1] * q.shape[2])),
 )
 _activation = _define("activation", "(Tensor x, str kind) -> Tensor", _like_first)
@@ -133,14 +135,17 @@ def rotate_and_cache(
     slot_mapping: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Rotate Q and K to their positions, write K and V to the cache; a negative slot is not written.
 
     qkv [T, (H + 2 KV) D], positions [T] int64, cos_sin [max position, D] fp32 (cosines then sines; None: no rotation),
-    slot_mapping [T] int64 (block * block_size + offset) -> q [T, H, D].
+    slot_mapping [T] int64 (block * block_size + offset) -> q [T, H, D]. With scales [blocks, KV, block_size] fp32 the
+    cache is int8: scale = max |x| / 127 of a key or value of one head, elements round(x / scale), ties to even.
     """
     return _rotate_and_cache(  # type: ignore[no-any-return]
-        qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads
+        *(qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, key_scales, value_scales)
     )
 
 
@@ -152,14 +157,25 @@ def paged_attention(
     query_start_loc: Tensor,
     seq_lens: Tensor,
     scale: float,
+    window: int = 0,
+    num_sinks: int = 0,
+    q_sink: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention over the paged cache; the last query of a request sees all its ``seq_lens`` keys.
+    """Causal attention over the paged cache; the last query of a request is at position ``seq_lens`` - 1.
 
     q [T, H, D], block_tables [B, M], query_start_loc [B + 1], seq_lens [B] (with this step's tokens), all int32
     -> [T, H D].
+
+    A query at position p sees the keys 0 … p. With a window it sees the last ``window`` of them, its own included, and
+    before them the first ``num_sinks`` (all keys, while p < num_sinks + window). The sinks that the window has left
+    behind are scored with ``q_sink`` [T, H, D] instead of q, if it is given. Blocks that no query of a request sees are
+    not read: they may be another's by now.
     """
     return _paged_attention(  # type: ignore[no-any-return]
-        q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale
+        *(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale),
+        *(window, num_sinks, q_sink, key_scales, value_scales),
     )
 
 

@@ -30,7 +30,10 @@ def rotate_and_cache(
     slot_mapping: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
+    _refuse(int8=key_scales is not None)
     q, k, v = reference.split_and_rotate(qkv, positions, cos_sin, num_heads, num_kv_heads)
     spare = k_cache.shape[0] * k_cache.shape[1] - 1
     slots = torch.where(slot_mapping < 0, spare, slot_mapping)
@@ -47,7 +50,13 @@ def paged_attention(
     query_start_loc: Tensor,
     seq_lens: Tensor,
     scale: float,
+    window: int = 0,
+    num_sinks: int = 0,
+    q_sink: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
+    _refuse(int8=key_scales is not None, sinks=num_sinks > 0)
     out = varlen_attn(
         q,
         k_cache,
@@ -57,7 +66,7 @@ def paged_attention(
         max_q=q.shape[0],  # upper bounds known without asking the device
         max_k=block_tables.shape[1] * k_cache.shape[1],
         scale=scale,
-        window_size=(-1, 0),  # causal, aligned to the last key
+        window_size=(window - 1, 0),  # keys before the query, or -1: all, and none after it; aligned to the last key
         enable_gqa=True,
         seqused_k=seq_lens,
         block_table=block_tables,
@@ -65,3 +74,10 @@ def paged_attention(
     )
     assert isinstance(out, Tensor)  # a tuple only when auxiliary results are asked for
     return out.flatten(1)
+
+
+def _refuse(*, int8: bool = False, sinks: bool = False) -> None:
+    if int8:
+        raise ValueError("an int8 KV cache is not supported on CUDA; use bfloat16, float16 or float32")
+    if sinks:
+        raise ValueError("attention sinks are not supported on CUDA; set attention_sinks to 0 or run on the CPU")

@@ -86,6 +86,14 @@ def split_and_rotate(
     return rotate(q, positions, cos_sin).contiguous(), rotate(k, positions, cos_sin), v
 
 
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> int8 [..., D] and scales [...]: max |x| / 127. A NaN or an infinity lives on in the scale."""
+    scales = x.float().abs().amax(-1) / 127
+    steps = (x.float() / scales.unsqueeze(-1)).round()  # ties to even
+    usable = ((scales > 0) & scales.isfinite()).unsqueeze(-1)
+    return torch.where(usable, steps, 0).clamp(-127, 127).to(torch.int8), scales
+
+
 def rotate_and_cache(
     qkv: Tensor,
     positions: Tensor,
@@ -95,13 +103,19 @@ def rotate_and_cache(
     slot_mapping: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     q, k, v = split_and_rotate(qkv, positions, cos_sin, num_heads, num_kv_heads)
     written = slot_mapping >= 0
     block_size = k_cache.shape[3]
     block, offset = slot_mapping[written] // block_size, slot_mapping[written] % block_size
-    k_cache[block, :, :, offset] = k[written].to(k_cache.dtype)
-    v_cache[block, :, offset, : v.shape[-1]] = v[written].to(v_cache.dtype)
+    k, v = k[written], v[written]
+    if key_scales is not None and value_scales is not None:
+        k, key_scales[block, :, offset] = quantize(k)
+        v, value_scales[block, :, offset] = quantize(v)
+    k_cache[block, :, :, offset] = k.to(k_cache.dtype)
+    v_cache[block, :, offset, : v.shape[-1]] = v.to(v_cache.dtype)
     return q
 
 
@@ -113,23 +127,47 @@ def paged_attention(
     query_start_loc: Tensor,
     seq_lens: Tensor,
     scale: float,
+    window: int = 0,
+    num_sinks: int = 0,
+    q_sink: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
-    num_tokens, num_heads, head_dim = q.shape
+    (num_tokens, num_heads, head_dim), block_size = q.shape, k_cache.shape[3]
     group = num_heads // k_cache.shape[1]
     out = torch.empty_like(q)
     starts = query_start_loc.tolist()
     for request, seq_len in enumerate(seq_lens.tolist()):
-        begin, end = starts[request], starts[request + 1]
-        blocks = block_tables[request, : -(-seq_len // k_cache.shape[3])].long()
-        k = k_cache[blocks].permute(0, 3, 1, 2).flatten(0, 1)[:seq_len]  # [keys, KV, D]
-        v = v_cache[blocks].permute(0, 2, 1, 3).flatten(0, 1)[:seq_len, :, :head_dim]
-        k, v = (t.to(q.dtype).repeat_interleave(group, dim=1).transpose(0, 1) for t in (k, v))
-        scores = q[begin:end].transpose(0, 1) @ k.transpose(1, 2) * scale  # [H, queries, keys]
-        position = torch.arange(seq_len - (end - begin), seq_len, device=q.device)
-        hidden = torch.arange(seq_len, device=q.device) > position.unsqueeze(1)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        out[begin:end] = (weights @ v).transpose(0, 1)
+        rows = slice(starts[request], starts[request + 1])
+        queries = torch.arange(seq_len - (rows.stop - rows.start), seq_len, device=q.device)
+        seen, as_sink = visible_keys(queries, window, num_sinks)
+        key = seen.any(0).nonzero().squeeze(1)  # what nobody sees may have been freed: it is not read
+        block, offset = block_tables[request, key // block_size].long(), key % block_size
+        k = _heads(k_cache[block, :, :, offset], key_scales, block, offset, q, group)
+        v = _heads(v_cache[block, :, offset, :head_dim], value_scales, block, offset, q, group)
+        scores = q[rows].transpose(0, 1) @ k.transpose(1, 2)  # [H, queries, keys]
+        if q_sink is not None:
+            scores = scores.where(~as_sink[:, key], q_sink[rows].transpose(0, 1) @ k.transpose(1, 2))
+        weights = (scores * scale).masked_fill(~seen[:, key], float("-inf")).softmax(-1)
+        out[rows] = (weights @ v).transpose(0, 1)
     return out.view(num_tokens, num_heads * head_dim)
+
+
+def visible_keys(queries: Tensor, window: int, num_sinks: int) -> tuple[Tensor, Tensor]:
+    """Which keys the queries at these ascending positions see, and which of them as sinks: bool [queries, keys]."""
+    query, key = queries.unsqueeze(1), torch.arange(int(queries[-1]) + 1, device=queries.device)
+    beyond = (query >= num_sinks + window) & (window > 0)  # positions whose window has left the sinks behind
+    as_sink = beyond & (key < num_sinks)
+    recent = ~beyond | (key > query - window)
+    return as_sink | (recent & (key <= query)), as_sink
+
+
+def _heads(stored: Tensor, scales: Tensor | None, block: Tensor, offset: Tensor, q: Tensor, group: int) -> Tensor:
+    """Keys or values [keys, KV, D] as the query heads want them: [H, keys, D] of ``q``'s type."""
+    wide = stored.to(q.dtype)
+    if scales is not None:
+        wide = wide * scales[block, :, offset].unsqueeze(-1)
+    return wide.repeat_interleave(group, dim=1).transpose(0, 1)
 
 
 def activation(x: Tensor, kind: str) -> Tensor:

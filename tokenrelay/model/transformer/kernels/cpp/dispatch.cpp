@@ -82,12 +82,7 @@ void tr_layer_norm(const float* x, float* residual, const void* weight, const vo
     kernels->layer_norm(x, residual, weight, bias, out, rows, columns, eps, is_bf16);
 }
 
-void tr_rotate_and_cache(const float* qkv, const int64_t* positions, const float* cos_sin, void* k_cache, void* v_cache,
-                         const int64_t* slots, float* q, int64_t rows, int64_t num_heads, int64_t num_kv_heads,
-                         int64_t head_dim, int64_t block_size, int64_t is_bf16) {
-    kernels->rotate_and_cache(qkv, positions, cos_sin, k_cache, v_cache, slots, q, rows, num_heads, num_kv_heads,
-                              head_dim, block_size, is_bf16);
-}
+void tr_rotate_and_cache(const RotateParams* params) { kernels->rotate_and_cache(params); }
 
 void tr_paged_attention(const AttentionParams* params) { kernels->paged_attention(params); }
 

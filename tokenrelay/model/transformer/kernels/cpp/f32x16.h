@@ -29,6 +29,7 @@ TR_INLINE float float_of(uint32_t bits) {
 }
 
 TR_INLINE float widen(float x) { return x; }
+TR_INLINE float widen(int8_t x) { return x; }
 TR_INLINE float widen(bf16 x) { return float_of(uint32_t(x) << 16); }
 TR_INLINE void narrow(float x, float* to) { *to = x; }
 TR_INLINE void narrow(float x, bf16* to) {  // round to nearest even, as torch does; a NaN stays one
@@ -46,6 +47,9 @@ TR_INLINE f32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 TR_INLINE f32x16 load(const bf16* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+TR_INLINE f32x16 load(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
 TR_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
 TR_INLINE f32x16 broadcast(float x) { return {_mm512_set1_ps(x)}; }
@@ -75,7 +79,11 @@ TR_INLINE __m256 load_half(const bf16* p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+TR_INLINE __m256 load_half(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
 TR_INLINE f32x16 load(const bf16* p) { return {load_half(p), load_half(p + 8)}; }
+TR_INLINE f32x16 load(const int8_t* p) { return {load_half(p), load_half(p + 8)}; }
 TR_INLINE void store(float* p, f32x16 a) {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);

@@ -1,24 +1,44 @@
 // What the native library offers to Python (ctypes) and what each instruction set implements. Plain C: no torch, no Python.
 //
-// Activations are float; weights and the KV cache are bf16 if `is_bf16`, else float. All arrays are dense, row-major.
+// Activations are float; weights are bf16 if `is_bf16`, else float. All arrays are dense, row-major.
 #pragma once
 #include <cstdint>
 
 enum Activation { SILU, GELU, GELU_TANH, RELU };
+enum CacheType { FLOAT32, BFLOAT16, INT8 };
 
+// K lies with keys as the lanes of a score vector, V with rows of whole vectors. An int8 vector stands for its elements
+// times its scale; the other types have no scales.
+struct KVCache {
+    void* keys;           // [blocks, KV, D, block_size]
+    void* values;         // [blocks, KV, block_size, D rounded up to 16]
+    float* key_scales;    // [blocks, KV, block_size]; null unless INT8
+    float* value_scales;  // the same
+    int64_t num_kv_heads, head_dim, block_size, type;
+};
+
+struct RotateParams {
+    KVCache cache;
+    const float* qkv;          // [T, (H + 2 KV) D]
+    const int64_t* positions;  // [T], rows of cos_sin
+    const float* cos_sin;      // [rows, D], or null: no rotation
+    const int64_t* slots;      // [T], negative: not written
+    float* q;                  // [T, H, D]
+    int64_t num_tokens, num_heads;
+};
+
+// A query at position p sees the keys 0 … p. From p = num_sinks + window on, if there is a window, it sees the first
+// num_sinks keys, with its vector in q_sink instead of q, and the last `window` ones.
 struct AttentionParams {
+    KVCache cache;
     const float* q;               // [T, H, D]
-    const void* k_cache;          // [blocks, KV, D, block_size]: keys are the lanes of a score vector
-    const void* v_cache;          // [blocks, KV, block_size, D rounded up to 16]
-    const int32_t* block_tables;  // [B, max_blocks]
+    const float* q_sink;          // the same, or null: q
+    const int32_t* block_tables;  // [B, max_blocks]; entries of blocks that no query of the step sees are not read
     const int32_t* query_start;   // [B + 1]
     const int32_t* seq_lens;      // [B], context including the tokens of this step
     float* out;                   // [T, H, D]
-    int64_t num_requests, max_blocks, num_heads, num_kv_heads, head_dim, block_size, is_bf16;
+    int64_t num_requests, max_blocks, num_heads, window, num_sinks;
     float scale;
-    float soft_cap;          // reserved, 0
-    int64_t sliding_window;  // reserved, 0
-    const float* sinks;      // reserved, null
 };
 
 struct Kernels {
@@ -30,10 +50,7 @@ struct Kernels {
                      int64_t columns, float eps, int64_t is_bf16);
     void (*layer_norm)(const float* x, float* residual, const void* weight, const void* bias, float* out, int64_t rows,
                        int64_t columns, float eps, int64_t is_bf16);
-    // qkv[T, (H + 2 KV) * D]; cos_sin[max_pos, D] or null; slots[T], negative: not written; q[T, H, D]
-    void (*rotate_and_cache)(const float* qkv, const int64_t* positions, const float* cos_sin, void* k_cache,
-                             void* v_cache, const int64_t* slots, float* q, int64_t rows, int64_t num_heads,
-                             int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t is_bf16);
+    void (*rotate_and_cache)(const RotateParams* params);
     void (*paged_attention)(const AttentionParams* params);
     // gated: x[T, 2C], out = act(x[:, :C]) * x[:, C:]; otherwise x[T, C], out = act(x)
     void (*activation)(const float* x, float* out, int64_t rows, int64_t columns, int64_t kind, int64_t gated);

@@ -113,39 +113,50 @@ TR_INLINE void rotate(const float* x, const float* cos_sin, float* out, size_t h
     }
 }
 
-struct CacheWrite {
-    const float *qkv, *cos_sin;
-    const int64_t *positions, *slots;
-    float* q;
-    size_t num_heads, num_kv_heads, head_dim, block_size;
-};
+// A key or value vector into the cache, element i at to[i * stride].
+template <class W> TR_INLINE void write_vector(const float* x, size_t dim, W* to, size_t stride, float*, size_t) {
+    for (size_t i = 0; i < dim; i++) narrow(x[i], to + i * stride);
+}
 
-template <class W> void write_token(const CacheWrite& a, W* k_cache, W* v_cache, size_t token) {
-    const size_t dim = a.head_dim, padded = (dim + 15) / 16 * 16;
-    const float* from = a.qkv + token * (a.num_heads + 2 * a.num_kv_heads) * dim;
-    const float* angles = a.cos_sin ? a.cos_sin + a.positions[token] * dim : nullptr;
-    for (size_t h = 0; h < a.num_heads; h++, from += dim)
-        rotate(from, angles, a.q + (token * a.num_heads + h) * dim, dim);
-    if (a.slots[token] < 0) return;
-    size_t block = a.slots[token] / a.block_size, offset = a.slots[token] % a.block_size;
-    for (size_t h = 0; h < a.num_kv_heads; h++, from += dim) {
-        float turned[MAX_HEAD_DIM];
-        rotate(from, angles, turned, dim);
-        W* k = k_cache + (block * a.num_kv_heads + h) * dim * a.block_size + offset;
-        W* v = v_cache + ((block * a.num_kv_heads + h) * a.block_size + offset) * padded;
-        for (size_t i = 0; i < dim; i++) narrow(turned[i], k + i * a.block_size);
-        for (size_t i = 0; i < dim; i++) narrow(from[a.num_kv_heads * dim + i], v + i);
+// int8: scale = max |x| / 127, elements = x / scale rounded to even. A NaN or an infinity lives on in the scale.
+TR_INLINE void write_vector(const float* x, size_t dim, int8_t* to, size_t stride, float* scales, size_t slot) {
+    float highest = 0.0f;
+    for (size_t i = 0; i < dim; i++) {
+        float size = __builtin_fabsf(x[i]);
+        if (size > highest || size != size) highest = size;
+    }
+    const float scale = scales[slot] = highest / 127.0f;
+    const bool usable = scale > 0.0f && scale < __builtin_inff();
+    for (size_t i = 0; i < dim; i++) {
+        float steps = usable ? __builtin_rintf(x[i] / scale) : 0.0f;
+        to[i * stride] = int8_t(steps > 127.0f ? 127.0f : steps < -127.0f ? -127.0f : steps);
     }
 }
 
-void rotate_and_cache(const float* qkv, const int64_t* positions, const float* cos_sin, void* k_cache, void* v_cache,
-                      const int64_t* slots, float* q, int64_t rows, int64_t num_heads, int64_t num_kv_heads,
-                      int64_t head_dim, int64_t block_size, int64_t is_bf16) {
-    CacheWrite a{qkv, cos_sin, positions, slots, q, size_t(num_heads), size_t(num_kv_heads), size_t(head_dim),
-                 size_t(block_size)};
-    parallel_rows(rows, (num_heads + 2 * num_kv_heads) * head_dim, [&](size_t token) {
-        if (is_bf16) write_token(a, static_cast<bf16*>(k_cache), static_cast<bf16*>(v_cache), token);
-        else write_token(a, static_cast<float*>(k_cache), static_cast<float*>(v_cache), token);
+template <class W> void write_token(const RotateParams& a, size_t token) {
+    const KVCache& cache = a.cache;
+    const size_t dim = cache.head_dim, padded = (dim + 15) / 16 * 16, kv_heads = cache.num_kv_heads;
+    const float* from = a.qkv + token * (a.num_heads + 2 * kv_heads) * dim;
+    const float* angles = a.cos_sin ? a.cos_sin + a.positions[token] * dim : nullptr;
+    for (size_t h = 0; h < size_t(a.num_heads); h++, from += dim)
+        rotate(from, angles, a.q + (token * a.num_heads + h) * dim, dim);
+    if (a.slots[token] < 0) return;
+    const size_t size = cache.block_size, block = a.slots[token] / size, offset = a.slots[token] % size;
+    for (size_t h = 0; h < kv_heads; h++, from += dim) {
+        float turned[MAX_HEAD_DIM];
+        rotate(from, angles, turned, dim);
+        size_t head = block * kv_heads + h, slot = head * size + offset;
+        write_vector(turned, dim, (W*)cache.keys + head * dim * size + offset, size, cache.key_scales, slot);
+        write_vector(from + kv_heads * dim, dim, (W*)cache.values + slot * padded, 1, cache.value_scales, slot);
+    }
+}
+
+void rotate_and_cache(const RotateParams* params) {
+    const RotateParams& a = *params;
+    parallel_rows(a.num_tokens, (a.num_heads + 2 * a.cache.num_kv_heads) * a.cache.head_dim, [&](size_t token) {
+        if (a.cache.type == INT8) write_token<int8_t>(a, token);
+        else if (a.cache.type == BFLOAT16) write_token<bf16>(a, token);
+        else write_token<float>(a, token);
     });
 }
 

@@ -1,0 +1,80 @@
+"""The native library (``cpp/*.cpp``, compiled at install): found, loaded, and its C interface declared for ctypes.
+
+The structures mirror ``cpp/interface.h`` field by field.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+
+class KVCache(ctypes.Structure):
+    """One layer's K and V; ``type`` is an index of ``enum CacheType``."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((name, c_int64) for name in ("num_kv_heads", "head_dim", "block_size", "type")),
+    ]
+
+
+class RotateParams(ctypes.Structure):
+    """What ``tr_rotate_and_cache`` reads and writes."""
+
+    _fields_ = [
+        ("cache", KVCache),
+        *((name, c_void_p) for name in ("qkv", "positions", "cos_sin", "slots", "q")),
+        *((name, c_int64) for name in ("num_tokens", "num_heads")),
+    ]
+
+
+class AttentionParams(ctypes.Structure):
+    """What ``tr_paged_attention`` reads and writes."""
+
+    _fields_ = [
+        ("cache", KVCache),
+        *((name, c_void_p) for name in ("q", "q_sink", "block_tables", "query_start", "seq_lens", "out")),
+        *((name, c_int64) for name in ("num_requests", "max_blocks", "num_heads", "window", "num_sinks")),
+        ("scale", c_float),
+    ]
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason."""
+    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not found:
+        return None, "it was not built (no C++ compiler at install?)"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        return None, f"it does not load: {error}"
+    if not library.tr_usable():
+        return None, "this processor has no fused multiply-add (AVX2 and FMA, or arm64)"
+    return library, ""
+
+
+LIBRARY, REASON = _load()
+
+
+def _function(name: str, *argtypes: Any) -> Callable[..., None]:
+    """A C function looked up once; a stub that no one calls where there is no library."""
+    if LIBRARY is None:
+        return lambda *_: None
+    function = getattr(LIBRARY, name)
+    function.argtypes = argtypes
+    function.restype = None
+    return function  # type: ignore[no-any-return]
+
+
+_norm_arguments = (*(c_void_p,) * 5, c_int64, c_int64, c_float, c_int64)
+linear = _function("tr_linear", *(c_void_p,) * 4, *(c_int64,) * 4)
+rms_norm = _function("tr_rms_norm", *_norm_arguments)
+layer_norm = _function("tr_layer_norm", *_norm_arguments)
+rotate_and_cache = _function("tr_rotate_and_cache", ctypes.POINTER(RotateParams))
+paged_attention = _function("tr_paged_attention", ctypes.POINTER(AttentionParams))
+activation = _function("tr_activation", *(c_void_p,) * 2, *(c_int64,) * 4)
+if LIBRARY is not None:
+    LIBRARY.tr_set_num_threads.argtypes = (c_int,)
