@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from tests.model.generation import generate
+from tests.model.smollm2_oracle import load_oracle
 from tokenrelay.model.config import EngineConfig
 from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.engine.request import Request
@@ -50,24 +51,8 @@ def make_engine(checkpoint: Checkpoint, dtype: torch.dtype, **config: int | bool
 
 
 @pytest.fixture(scope="module")
-def oracle(checkpoint: Checkpoint) -> LlamaForCausalLM:
-    """Uncached and in fp32, by transformers."""
-    c = checkpoint.config()
-    config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        max_position_embeddings=c.max_position_embeddings,
-        rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta,
-        tie_word_embeddings=c.tie_word_embeddings,
-    )
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(dict(checkpoint.tensors(torch.float32)), strict=False)
-    return model.eval()
+def oracle(smollm2_path: Path) -> LlamaForCausalLM:
+    return load_oracle(smollm2_path)
 
 
 @pytest.mark.timeout(600)

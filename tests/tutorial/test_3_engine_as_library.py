@@ -19,5 +19,5 @@ def test_generate_in_five_lines(smollm2_path: Path) -> None:
     engine.add(Request("mine", prompt, SamplingParams(max_tokens=16, temperature=0)))
     output = []
     while engine.has_work:
-        output += [step.token_id for step in engine.step()]
+        output += [token_id for step in engine.step() for token_id in step.token_ids]
     assert "Paris" in tokenizer.decode(output)

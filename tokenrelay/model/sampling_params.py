@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**31 - 1
+MAX_LOGPROBS = 20  # alternatives per token: OpenAI's limit
+MAX_BEAMS = 10  # a beam needs as many alternatives, and some for the ends among them
 
 
 class FinishReason(StrEnum):
@@ -15,6 +18,15 @@ class FinishReason(StrEnum):
     STOP = "stop"  # end-of-sequence token, stop token or stop string
     LENGTH = "length"  # max_tokens, or the model's context is full
     CANCELLED = "cancelled"  # by the client, by id or by closing its connection
+
+
+class TokenLogprobs(NamedTuple):
+    """How likely one token was, by the model's own distribution: before temperature, penalties and truncations."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the likeliest
+    top: tuple[tuple[int, float], ...] = ()  # (id, logprob) of the likeliest, as many as were asked for
 
 
 class SamplingParamsError(ValueError):
@@ -39,6 +51,12 @@ _RANGES = {  # both ends belong to it
     "dry_base": (1, 100),
     "dry_allowed_length": (0, MAX_COUNT),
     "dry_penalty_last_n": (-1, MAX_COUNT),
+    "mirostat_tau": (0, 100),
+    "mirostat_eta": (0, 1),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+    "beam_width": (0, MAX_BEAMS),
+    "length_penalty": (-10, 10),
 }
 _ABOVE_ZERO = {"top_p": 1, "typical_p": 1, "dynatemp_exponent": 100}
 
@@ -49,6 +67,9 @@ class SamplingParams:
 
     ``seed`` is always set: a request without one gets a random seed at submission, before it is queued, so that
     a second worker draws the same numbers. ``temperature=0`` is greedy. ``top_k=0`` and ``top_p=1`` are off.
+    ``logprobs`` and ``prompt_logprobs`` are numbers of alternatives; 0 gives the token's own, None nothing.
+    ``grammar`` is what ``structured.py`` makes of a schema, a regex or a grammar; empty: anything goes.
+    ``beam_width=0`` samples; otherwise the ``n`` best of that many beams are kept (``beam_search.py``).
     ``logit_bias`` holds (token id, bias), ``bad_words`` token sequences, ``dry_penalty_last_n=-1`` is all tokens.
 
     Raises:
@@ -84,6 +105,16 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
+    mirostat_tau: float = 0.0
+    mirostat_eta: float = 0.1
+
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    grammar: str = ""
+    beam_width: int = 0
+    length_penalty: float = 1.0
+    early_stopping: bool = False
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", "must be at least 1")
@@ -94,12 +125,14 @@ class SamplingParams:
         _require(all(self.stop), "stop", "must not contain an empty string")
         _require(all(self.bad_words), "bad_words", "must not contain an empty sequence")
         _require(all(-100 <= bias <= 100 for _, bias in self.logit_bias), "logit_bias", "must be between -100 and 100")
+        _require(self.beam_width == 0 or self.beam_width >= self.n, "n", "must be at most the beam width")
         self._require_ranges()
 
     def _require_ranges(self) -> None:
         """Written so that NaN is in no range."""
         for name, (low, high) in _RANGES.items():
-            _require(low <= getattr(self, name) <= high, name, f"must be between {low} and {high}")
+            value = getattr(self, name)
+            _require(value is None or low <= value <= high, name, f"must be between {low} and {high}")
         for name, high in _ABOVE_ZERO.items():
             _require(0 < getattr(self, name) <= high, name, f"must be above 0 and at most {high}")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.model.engine.drawing import draw
 from tokenrelay.model.engine import logits_processors
 from tokenrelay.model.engine.logits_processors import LogitsProcessor, process
-from tokenrelay.model.engine.request import Request
-from tokenrelay.model.engine.sampler import Sampler
+from tokenrelay.model.engine.request import Request, SamplingPosition
 from tokenrelay.model.sampling_params import SamplingParams
 
 VOCABULARY = 40
@@ -45,7 +45,7 @@ def random_request(rng: random.Random, params: dict[str, Any], tokens: int = 8) 
 
 def processed(logits: Tensor, one: Request) -> Tensor:
     logits = logits.clone().unsqueeze(0)
-    process(logits, [one])
+    process(logits, [SamplingPosition(one)])
     return logits[0]
 
 
@@ -103,7 +103,7 @@ def test_dry_punishes_only_what_prolongs_a_repeat() -> None:
 def test_dry_stays_finite_in_an_endless_loop() -> None:
     one = request([1] * 500, [], dry_multiplier=100.0, dry_base=100.0, temperature=0)
     assert processed(torch.zeros(10), one).isfinite().all()
-    assert Sampler([]).sample(torch.eye(10)[1:2], [one]) == [0]
+    assert draw(torch.eye(10)[1:2], [one]) == [0]
 
 
 def test_a_bias_is_added() -> None:
@@ -126,7 +126,7 @@ def test_only_allowed_tokens_come_even_when_all_of_them_are_bad_words() -> None:
         *(False, False, True, False, True, False)
     ]
     both = request([1], [], allowed_token_ids=(2, 4), bad_words=((2,), (4,)))
-    assert Sampler([]).sample(torch.ones(1, 6), [both])[0] in (2, 4)
+    assert draw(torch.ones(1, 6), [both])[0] in (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_greedy_rows_honour_all_that_changes_logits(params: dict[str, Any], expe
     logits = torch.tensor([[0.0, 1.5, 2.0, 2.1]])
     if "repetition_penalty" in params or "frequency_penalty" in params or "presence_penalty" in params:
         one = request([3], [3], temperature=0, **params)
-    assert Sampler([]).sample(logits, [one]) == [expected]
+    assert draw(logits, [one]) == [expected]
 
 
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, 40_000])
@@ -158,8 +158,8 @@ def test_a_row_s_token_does_not_depend_on_the_other_rows(vocabulary: int) -> Non
     torch.manual_seed(3)
     requests = [random_request(rng, params) for params in EVERYTHING * 3]
     logits = torch.randn(len(requests), vocabulary) * 2
-    together = Sampler([]).sample(logits.clone(), requests)
-    alone = [Sampler([]).sample(row.unsqueeze(0).clone(), [r])[0] for row, r in zip(logits, requests, strict=True)]
+    together = draw(logits.clone(), requests)
+    alone = [draw(row.unsqueeze(0).clone(), [r])[0] for row, r in zip(logits, requests, strict=True)]
     assert together == alone
 
 
@@ -170,11 +170,11 @@ def test_a_resumed_request_draws_the_same_next_token() -> None:
         table = torch.randn(64, VOCABULARY) * 2  # a network that knows only the position
         whole = request([1, 2, 3], [], seed=rng.randrange(2**63), **params)
         while whole.num_tokens < 40:
-            whole.token_ids += Sampler([]).sample(table[whole.num_tokens].clone().unsqueeze(0), [whole])
+            whole.token_ids += draw(table[whole.num_tokens].clone().unsqueeze(0), [whole])
         for split in range(37):
             resumed = Request("r", [1, 2, 3], whole.params, output_token_ids=whole.output_token_ids[:split])
             logits = table[resumed.num_tokens].clone().unsqueeze(0)
-            assert Sampler([]).sample(logits, [resumed]) == [whole.output_token_ids[split]]
+            assert draw(logits, [resumed]) == [whole.output_token_ids[split]]
 
 
 def test_a_batch_that_uses_none_pays_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_a_batch_that_uses_none_pays_for_none(monkeypatch: pytest.MonkeyPatch) -
     )
     monkeypatch.setattr(logits_processors, "PROCESSORS", counting)
     plain = request([1], [2])
-    Sampler([]).sample(torch.randn(8, VOCABULARY), [plain] * 8)
+    draw(torch.randn(8, VOCABULARY), [plain] * 8)
     assert calls == []
-    Sampler([]).sample(torch.randn(3, VOCABULARY), [plain, request([1], [2], presence_penalty=1.0), plain])
+    draw(torch.randn(3, VOCABULARY), [plain, request([1], [2], presence_penalty=1.0), plain])
     assert calls == [1]

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from tests.model.engine.drawing import draw
 from tokenrelay.model.engine.counter_random import uniform
 from tokenrelay.model.engine.request import Request
-from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.sampling_params import SamplingParams
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 1.0, -3.0, 0.2])
@@ -24,7 +24,7 @@ def request(**params: Any) -> Request:
 
 def counts(**params: Any) -> Counter[int]:
     requests = [request(seed=seed, **params) for seed in range(DRAWS)]
-    return Counter(Sampler([]).sample(LOGITS.repeat(DRAWS, 1), requests))
+    return Counter(draw(LOGITS.repeat(DRAWS, 1), requests))
 
 
 def chi_square(observed: Counter[int], probs: torch.Tensor) -> float:
@@ -62,15 +62,15 @@ def test_a_row_s_token_does_not_depend_on_the_other_rows() -> None:
     requests = [
         request(seed=i, temperature=i % 3 * 0.7, top_k=(0, 50)[i % 2], top_p=(1.0, 0.9)[i % 5 > 2]) for i in range(40)
     ]
-    together = Sampler([]).sample(logits.clone(), requests)
-    alone = [Sampler([]).sample(row.unsqueeze(0).clone(), [r]) for row, r in zip(logits, requests, strict=True)]
+    together = draw(logits.clone(), requests)
+    alone = [draw(row.unsqueeze(0).clone(), [r]) for row, r in zip(logits, requests, strict=True)]
     assert [[token] for token in together] == alone
 
 
 def test_the_end_is_forbidden_before_min_tokens() -> None:
     for params in ({"temperature": 0.0}, {"temperature": 1.0}):
         short = request(min_tokens=2, stop_token_ids=(1,), **params)
-        assert Sampler([0]).sample(LOGITS.unsqueeze(0).clone(), [short])[0] not in (0, 1)
+        assert draw(LOGITS.unsqueeze(0).clone(), [short], [0])[0] not in (0, 1)
 
 
 def test_random_numbers_are_uniform_and_depend_on_both_words() -> None:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.model.engine.drawing import draw
 from tests.model.engine.test_sampler import CRITICAL, LOGITS, chi_square, counts
 from tokenrelay.model.engine import sampler
 from tokenrelay.model.engine.counter_random import XTC_STREAM, uniform
-from tokenrelay.model.engine.request import Request
+from tokenrelay.model.engine.request import Request, SamplingPosition
 from tokenrelay.model.engine.sampler import Sampler
+from tokenrelay.model.engine.step import ScheduledRequest
 from tokenrelay.model.engine.temperature import temperatures
 from tokenrelay.model.engine.truncation import truncate
 from tokenrelay.model.sampling_params import SamplingParams
@@ -29,7 +31,7 @@ def request(**params: Any) -> Request:
 
 def kept(logits: Tensor, **params: Any) -> set[int]:
     descending, order = logits.unsqueeze(0).sort(dim=-1, descending=True, stable=True)
-    truncate(descending, [request(**params)])
+    truncate(descending, [SamplingPosition(request(**params))])
     return {int(token) for token in order[descending.isfinite()]}
 
 
@@ -119,28 +121,49 @@ def test_dynamic_temperature_follows_the_entropy() -> None:
     one = request(temperature=1.0, dynatemp_range=0.5, dynatemp_exponent=2.0)
     entropy = -math.fsum(p * math.log(p) for p in PROBS.tolist())
     expected = 0.5 + 1.0 * (entropy / math.log(8)) ** 2
-    assert temperatures(LOGITS.unsqueeze(0), [one]) == [pytest.approx(expected, rel=1e-6)]
+    assert temperatures(LOGITS.unsqueeze(0), [SamplingPosition(one)]) == [pytest.approx(expected, rel=1e-6)]
     flat_and_sure = torch.tensor([[0.0] * 8, [90.0] + [0.0] * 7])
-    assert temperatures(flat_and_sure, [one, one]) == [pytest.approx(1.5), pytest.approx(0.5)]
+    assert temperatures(flat_and_sure, [SamplingPosition(one)] * 2) == [pytest.approx(1.5), pytest.approx(0.5)]
     drawn = counts(temperature=1.0, dynatemp_range=0.5, dynatemp_exponent=2.0)
     assert chi_square(drawn, (LOGITS / expected).softmax(0)) < CRITICAL
 
 
 def test_a_dynamic_temperature_of_zero_and_a_lone_choice_draw_the_best() -> None:
     sure = torch.tensor([[0.0, 200.0, 0.0]])
-    assert Sampler([]).sample(sure, [request(temperature=0.5, dynatemp_range=1.0)]) == [1]
+    assert draw(sure, [request(temperature=0.5, dynatemp_range=1.0)]) == [1]
     lone = torch.tensor([[-torch.inf, -torch.inf, 1.0]])
-    assert Sampler([]).sample(lone, [request(temperature=0.5, dynatemp_range=0.2, typical_p=0.5)]) == [2]
+    assert draw(lone, [request(temperature=0.5, dynatemp_range=0.2, typical_p=0.5)]) == [2]
 
 
 def test_tiny_temperatures_draw_the_best() -> None:
-    assert Sampler([]).sample(LOGITS.unsqueeze(0).clone(), [request(temperature=1e-300)]) == [0]
+    assert draw(LOGITS.unsqueeze(0).clone(), [request(temperature=1e-300)]) == [0]
 
 
 def test_a_batch_without_truncations_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(sampler, "truncate", lambda logits, requests: calls.append(len(requests)))
-    Sampler([]).sample(LOGITS.repeat(3, 1), [request(), request(temperature=0, top_k=1), request(xtc_threshold=0.2)])
+    draw(LOGITS.repeat(3, 1), [request(), request(temperature=0, top_k=1), request(xtc_threshold=0.2)])
     assert calls == []
-    Sampler([]).sample(LOGITS.repeat(2, 1), [request(), request(top_k=1)])
+    draw(LOGITS.repeat(2, 1), [request(), request(top_k=1)])
     assert calls == [1]
+
+
+def test_mirostat_draws_among_tokens_that_surprise_less_than_mu() -> None:
+    surprise = -PROBS.log2()
+    kept = torch.where(surprise <= 3.0, LOGITS, -torch.inf).softmax(0)
+    assert 2 < int((kept > 0).sum()) < 8
+    assert chi_square(counts(temperature=1.0, mirostat_tau=1.5), kept) < CRITICAL  # it begins with mu = 2 tau
+
+
+def test_mirostat_steers_the_mean_surprise_to_tau() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1000) * 2
+    one = Request("r", [1], SamplingParams(max_tokens=9999, temperature=1.0, mirostat_tau=4.0, seed=3))
+    surprises = []
+    for _ in range(2000):
+        sampled = Sampler([]).sample(logits.clone().unsqueeze(0), [ScheduledRequest(one, 1)])[0]
+        assert sampled.mirostat_mu is not None
+        surprises.append(4.0 - (sampled.mirostat_mu - one.mirostat_mu) / 0.1)
+        one.mirostat_mu = sampled.mirostat_mu
+        one.token_ids += sampled.token_ids
+    assert sum(surprises[200:]) / 1800 == pytest.approx(4.0, abs=0.1)

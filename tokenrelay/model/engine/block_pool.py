@@ -1,7 +1,7 @@
 """The pool of KV cache blocks: who holds which, which are free, and which still hold a known prefix.
 
 Blocks are integers here; their keys and values live in ``transformer/kv_cache.py``. The free list is the LRU of
-the prefix cache: a freed block keeps its content, and its hash, until it is handed out again. (PagedAttention,
+the prefix cache: a freed block keeps its content, and its hashes, until it is handed out again. (PagedAttention,
 Kwon et al. 2023; hash-chained prefix blocks as in vLLM)
 """
 
@@ -10,18 +10,23 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+FREED = -1  # in a block table: the block fell out of the attention's window
+
 
 class BlockPoolError(AssertionError):
     """The pool's books do not balance: a bug of ours, with the arithmetic."""
 
 
 class BlockPool:
-    """``num_blocks`` blocks with reference counts. A block is free when its count is 0."""
+    """``num_blocks`` blocks with reference counts. A block is free when its count is 0.
+
+    A block is known by the hash of its content and, since it is filled from the front, by the hashes of its beginnings.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._ref_counts = [0] * num_blocks
-        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._hashes_of: list[list[bytes]] = [[] for _ in range(num_blocks)]
         self._block_of: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # least recently used first
 
@@ -34,11 +39,15 @@ class BlockPool:
         """Share of blocks held by requests, 0 to 1."""
         return 1 - len(self._free) / self.num_blocks
 
+    def find(self, block_hash: bytes) -> int | None:
+        """The block known by this hash. Does not take it."""
+        return self._block_of.get(block_hash)
+
     def lookup(self, hashes: Iterable[bytes]) -> list[int]:
         """Blocks of the longest known prefix. Does not take them: follow with ``acquire``."""
         blocks = []
         for block_hash in hashes:
-            block = self._block_of.get(block_hash)
+            block = self.find(block_hash)
             if block is None:
                 break
             blocks.append(block)
@@ -68,23 +77,25 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference on each. The tail of a sequence is evicted before its beginning."""
         for block in reversed(blocks):
+            if block == FREED:
+                continue
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 self._free[block] = None
-                if self._hash_of[block] is None:  # nothing to remember: reuse it first
+                if not self._hashes_of[block]:  # nothing to remember: reuse it first
                     self._free.move_to_end(block, last=False)
 
     def remember(self, block: int, block_hash: bytes) -> None:
-        """The block is full and computed: later prompts may share it. The first block of a hash stays the known one."""
-        if self._hash_of[block] is None and block_hash not in self._block_of:
-            self._hash_of[block] = block_hash
+        """The block, or its beginning, is computed: later prompts may share it. The first block of a hash stays the
+        known one."""
+        if block_hash not in self._block_of:
+            self._hashes_of[block].append(block_hash)
             self._block_of[block_hash] = block
 
     def _forget(self, block: int) -> None:
-        block_hash = self._hash_of[block]
-        if block_hash is not None:
+        for block_hash in self._hashes_of[block]:
             del self._block_of[block_hash]
-            self._hash_of[block] = None
+        self._hashes_of[block] = []
 
     def check_integrity(self, block_tables: Iterable[Sequence[int]] = ()) -> None:
         """Balance the books against the block tables of all live requests.
@@ -95,7 +106,8 @@ class BlockPool:
         held = [0] * self.num_blocks
         for table in block_tables:
             for block in table:
-                held[block] += 1
+                if block != FREED:
+                    held[block] += 1
         if held != self._ref_counts:
             wrong = [
                 (b, held[b], self._ref_counts[b]) for b in range(self.num_blocks) if held[b] != self._ref_counts[b]
@@ -104,5 +116,6 @@ class BlockPool:
         unheld = {block for block, count in enumerate(held) if count == 0}
         if unheld != self._free.keys():
             raise BlockPoolError(f"{len(unheld)} blocks are not held, {len(self._free)} are in the free list")
-        if any(self._hash_of[block] != block_hash for block_hash, block in self._block_of.items()):
+        known = {block_hash: block for block, hashes in enumerate(self._hashes_of) for block_hash in hashes}
+        if known != self._block_of:
             raise BlockPoolError("a known prefix points to a block that holds another")

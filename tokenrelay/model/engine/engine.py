@@ -8,25 +8,31 @@ from typing import Literal
 import torch
 
 from tokenrelay.model.config import DType, EngineConfig, ModelConfig
+from tokenrelay.model.engine.block_tables import Window
 from tokenrelay.model.engine.model_runner import ModelRunner
 from tokenrelay.model.engine.request import Request
 from tokenrelay.model.engine.sampler import Sampler
-from tokenrelay.model.engine.scheduler import Scheduler, StepOutput
+from tokenrelay.model.engine.scheduler import Scheduler
+from tokenrelay.model.engine.step import StepOutput
 from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_block
 from tokenrelay.model.transformer.loading import load_transformer
 from tokenrelay.model.weights import resolve
 from tokenrelay.model.weights.checkpoint import Checkpoint, open_checkpoint
 
+MAX_STREAMING_LEN = 2**20  # tokens of one sequence when attention sinks let it outgrow the context
+
 
 class Engine:
     """Continuous batching of requests over one network. Not thread-safe: one thread owns it.
+
+    ``max_model_len`` is the limit of one request's prompt and output, in tokens.
 
     Tokens come out of ``step``; a request ends by itself (``StepOutput.finish_reason``) or by ``abort``.
     """
 
     def __init__(self, scheduler: Scheduler, runner: ModelRunner, max_model_len: int) -> None:
         self.scheduler = scheduler
-        self.max_model_len = max_model_len  # prompt and output of one request, in tokens
+        self.max_model_len = max_model_len
         self.runner = runner
 
     @classmethod
@@ -55,17 +61,34 @@ class Engine:
     ) -> Engine:
         """Load the network and allocate its KV cache. Raises the checkpoint's and the loader's ValueErrors."""
         model_config = checkpoint.config()
+        cache_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
         num_blocks = config.num_blocks or config.kv_cache_bytes // bytes_per_block(
-            model_config, config.block_size, dtype
+            model_config, config.block_size, cache_dtype
         )
-        max_model_len = _max_model_len(model_config, config, num_blocks)
+        longest = model_config.max_position_embeddings
+        context = min(longest, config.max_model_len or longest)
+        window = _window(model_config, config, context, num_blocks)
         model = load_transformer(
-            model_config, checkpoint.tensors(dtype), max_model_len=max_model_len, dtype=dtype, device=device
+            model_config,
+            checkpoint.tensors(dtype),
+            max_model_len=context,  # what rope scaling may depend on: never on this machine's memory
+            attention_sinks=config.attention_sinks,
+            dtype=dtype,
+            device=device,
         )
-        kv_cache = allocate_kv_cache(model_config, num_blocks, config.block_size, dtype, device)
-        sampler = Sampler(model_config.eos_token_ids)
-        runner = ModelRunner(model, kv_cache, sampler, block_size=config.block_size, device=device)
-        return cls(Scheduler(config, num_blocks, max_model_len, model_config.eos_token_ids), runner, max_model_len)
+        kv_cache = allocate_kv_cache(model_config, num_blocks, config.block_size, cache_dtype, device)
+        runner = ModelRunner(
+            model,
+            kv_cache,
+            Sampler(model_config.eos_token_ids),
+            block_size=config.block_size,
+            device=device,
+            window=window,
+        )
+        max_model_len = MAX_STREAMING_LEN if config.attention_sinks else min(context, num_blocks * config.block_size)
+        return cls(
+            Scheduler(config, num_blocks, max_model_len, model_config.eos_token_ids, window), runner, max_model_len
+        )
 
     @property
     def has_work(self) -> bool:
@@ -90,16 +113,26 @@ class Engine:
             self.scheduler.remove(request)
 
     def step(self) -> list[StepOutput]:
-        """Compute one batch: at most one new token per running request."""
+        """Compute one batch: a new token per running request, more where drafts were right."""
         scheduled = self.scheduler.schedule()
         sampled = self.runner.execute(scheduled)
         return self.scheduler.update(scheduled, sampled)
 
 
-def _max_model_len(model_config: ModelConfig, config: EngineConfig, num_blocks: int) -> int:
-    """The shortest of: what the network knows, what was asked for, what the cache holds."""
-    limits = [model_config.max_position_embeddings, num_blocks * config.block_size]
-    max_model_len = min([*limits, config.max_model_len] if config.max_model_len else limits)
-    if max_model_len < 2:
+def _window(model_config: ModelConfig, config: EngineConfig, context: int, num_blocks: int) -> Window:
+    """The network's own sliding window, or the one that makes it go on past its context.
+
+    Raises:
+        ValueError: the cache holds no sequence, or not the whole context that is to go on when full.
+    """
+    if min(context, num_blocks * config.block_size) < 2:
         raise ValueError("the KV cache's memory budget holds not even one block; raise kv_cache_mb")
-    return max_model_len
+    if not config.attention_sinks:
+        return Window(model_config.sliding_window)
+    needed = context + config.max_num_batched_tokens + 2 * config.block_size
+    if num_blocks * config.block_size < needed:
+        raise ValueError(
+            f"attention_sinks needs room for the whole context and a step: {needed} tokens, the KV cache holds "
+            f"{num_blocks * config.block_size}; raise kv_cache_mb or lower max_model_len"
+        )
+    return Window(context - config.attention_sinks, config.attention_sinks)

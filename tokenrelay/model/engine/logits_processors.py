@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenrelay.model.engine.request import Request
+from tokenrelay.model.engine.request import SamplingPosition
 from tokenrelay.model.sampling_params import SamplingParams
 
 LONGEST_REPEAT = 50  # tokens DRY looks back: its penalty grows exponentially, so a longer repeat gets no likelier
 MAX_DRY_PENALTY = 1e30  # stays finite in fp32
 
 Table = Mapping[int, float]
-Rows = Sequence[tuple[int, Request]]
+Rows = Sequence[tuple[int, SamplingPosition]]
 
 
 class LogitsProcessor(NamedTuple):
@@ -39,62 +39,65 @@ class LogitsProcessor(NamedTuple):
     apply: Callable[[Tensor, Rows], None]
 
 
-def process(logits: Tensor, requests: Sequence[Request]) -> None:
+def process(logits: Tensor, positions: Sequence[SamplingPosition]) -> None:
     """Applies, in place, every processor to the rows of ``logits`` [S, vocabulary] that use it."""
     for processor in PROCESSORS:
-        rows = [(row, request) for row, request in enumerate(requests) if processor.is_used(request.params)]
+        rows = [(row, at) for row, at in enumerate(positions) if processor.is_used(at.params)]
         if rows:
             processor.apply(logits, rows)
 
 
 def _combine(
-    table: Callable[[Request], Table], operation: Callable[[Tensor, Tensor], Tensor], logits: Tensor, rows: Rows
+    table: Callable[[SamplingPosition], Table],
+    operation: Callable[[Tensor, Tensor], Tensor],
+    logits: Tensor,
+    rows: Rows,
 ) -> None:
     """``operation(logits, numbers)`` over the tokens in the tables of all rows at once."""
-    tables = [(row, table(request)) for row, request in rows]
+    tables = [(row, table(at)) for row, at in rows]
     where = torch.tensor([row for row, numbers in tables for _ in numbers], dtype=torch.long, device=logits.device)
     ids = torch.tensor([i for _, numbers in tables for i in numbers], dtype=torch.long, device=logits.device)
     values = torch.tensor([x for _, numbers in tables for x in numbers.values()], device=logits.device)
     logits[where, ids] = operation(logits[where, ids], values.to(logits.dtype))
 
 
-def logit_bias(request: Request) -> Table:
+def logit_bias(at: SamplingPosition) -> Table:
     """A number to add to a token's logit: OpenAI's parameter."""
-    return dict(request.params.logit_bias)
+    return dict(at.params.logit_bias)
 
 
-def repetition(request: Request) -> Table:
+def repetition(at: SamplingPosition) -> Table:
     """Every token of the prompt or the output, once. (CTRL, Keskar et al. 2019; as transformers and vLLM have it)"""
-    return dict.fromkeys(request.token_ids, request.params.repetition_penalty)
+    return dict.fromkeys(at.token_ids, at.params.repetition_penalty)
 
 
 def _weaken(logits: Tensor, penalties: Tensor) -> Tensor:
     return torch.where(logits > 0, logits / penalties, logits * penalties)
 
 
-def presence_and_frequency(request: Request) -> Table:
+def presence_and_frequency(at: SamplingPosition) -> Table:
     """What to subtract: once per token of the output, and once per occurrence. (OpenAI's two penalties)"""
-    params = request.params
-    counts = Counter(request.output_token_ids)
+    params = at.params
+    counts = Counter(at.output_token_ids)
     return {i: params.presence_penalty + params.frequency_penalty * count for i, count in counts.items()}
 
 
-def dry(request: Request) -> Table:
+def dry(at: SamplingPosition) -> Table:
     """DRY, "don't repeat yourself", by p-e-w (text-generation-webui #5677): a token that would prolong a repeat of
     ``L`` tokens costs multiplier · base^(L − allowed length). Repeats end at the sequence breakers."""
-    params = request.params
+    params = at.params
     return {
         token_id: min(params.dry_multiplier * params.dry_base ** (length - params.dry_allowed_length), MAX_DRY_PENALTY)
-        for token_id, length in _repeats(request).items()
+        for token_id, length in _repeats(at).items()
         if length >= params.dry_allowed_length
     }
 
 
-def _repeats(request: Request) -> dict[int, int]:
+def _repeats(at: SamplingPosition) -> dict[int, int]:
     """Of each token that followed an earlier copy of the last tokens: the length of the longest such copy."""
-    params = request.params
+    params = at.params
     last_n = params.dry_penalty_last_n
-    ids = np.array(request.token_ids if last_n < 0 else request.token_ids[max(0, request.num_tokens - last_n) :])
+    ids = np.array(at.token_ids if last_n < 0 else at.token_ids[max(0, at.num_tokens - last_n) :])
     breakers = np.array(params.dry_sequence_breakers, dtype=np.int64)
     ends = np.arange(len(ids) - 1)  # of the copies
     lengths = np.zeros(len(ends), dtype=np.int64)
@@ -110,12 +113,12 @@ def _repeats(request: Request) -> dict[int, int]:
     return {token_id: length for token_id, length in longest.items() if token_id not in params.dry_sequence_breakers}
 
 
-def bad_words(request: Request) -> Table:
+def bad_words(at: SamplingPosition) -> Table:
     """The last token of every sequence whose other tokens end the output. (as in vLLM)"""
-    output = request.output_token_ids
+    output = at.output_token_ids
     return {
         last: torch.inf
-        for *others, last in request.params.bad_words
+        for *others, last in at.params.bad_words
         if len(others) <= len(output) and others == output[len(output) - len(others) :]
     }
 
@@ -123,8 +126,8 @@ def bad_words(request: Request) -> Table:
 def allow_only(logits: Tensor, rows: Rows) -> None:
     """Forbids all but ``allowed_token_ids``: vLLM's parameter. Where all of them were forbidden, they come equally
     likely: a row must be left with something."""
-    for row, request in rows:
-        allowed = list(request.params.allowed_token_ids)
+    for row, at in rows:
+        allowed = list(at.params.allowed_token_ids)
         kept = logits[row, allowed]
         logits[row] = -torch.inf
         logits[row, allowed] = kept if kept.isfinite().any() else 0.0

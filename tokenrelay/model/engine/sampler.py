@@ -2,21 +2,37 @@
 
 The random number is counter-based: a hash of (seed, position), not the state of a generator. So a request that
 another worker takes over draws the numbers the first would have drawn. Rows never mix: every reduction is along
-the vocabulary, so a row's token does not depend on the batch.
+the vocabulary, so a row's token does not depend on the batch. Mirostat alone has a state, which travels with the
+request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokenrelay.model.engine.counter_random import uniform
 from tokenrelay.model.engine.logits_processors import process
-from tokenrelay.model.engine.request import Request
+from tokenrelay.model.engine.logprobs import token_logprobs
+from tokenrelay.model.engine.request import SamplingPosition
+from tokenrelay.model.engine.speculation import num_accepted
+from tokenrelay.model.engine.step import Sampled, ScheduledRequest
 from tokenrelay.model.engine.temperature import temperatures
-from tokenrelay.model.engine.truncation import is_truncated, truncate
+from tokenrelay.model.engine.truncation import is_truncated, next_mirostat_mu, truncate
+from tokenrelay.model.sampling_params import TokenLogprobs
+
+Positions = Sequence[SamplingPosition]
+
+
+class Drawn(NamedTuple):
+    """One token, and its probability among those that were left to draw from (1 if it was not drawn by chance)."""
+
+    token_id: int
+    probability: float = 1.0
 
 
 class Sampler:
@@ -25,40 +41,101 @@ class Sampler:
     def __init__(self, eos_token_ids: Collection[int]) -> None:
         self._eos_token_ids = frozenset(eos_token_ids)
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
-        """One token id per row of ``logits`` [S, vocabulary], fp32. May overwrite the logits."""
-        for row, request in enumerate(requests):
-            self._forbid_early_end(logits[row], request)
-        process(logits, requests)
-        token_ids: list[int] = logits.argmax(dim=-1).tolist()
-        random_rows = [row for row, request in enumerate(requests) if not request.params.greedy]
-        if random_rows:
-            drawn = _draw(logits[random_rows], [requests[row] for row in random_rows])
-            for row, token_id in zip(random_rows, drawn, strict=True):
-                token_ids[row] = token_id
-        return token_ids
+    def sample(self, logits: Tensor, entries: Sequence[ScheduledRequest]) -> list[Sampled]:
+        """Of each entry the drafts that were right and one token more.
 
-    def _forbid_early_end(self, logits: Tensor, request: Request) -> None:
-        params = request.params
-        if request.num_output_tokens < params.min_tokens:
+        ``logits`` [S, vocabulary], fp32, holds a row per entry and draft: the row behind the last known token, then
+        one behind each draft. It may be overwritten.
+        """
+        positions = [position for entry in entries for position in _positions(entry)]
+        asked = [at.params.logprobs is not None for at in positions]
+        unprocessed = logits.clone() if any(asked) else logits
+        drawn = self.draw(logits, entries, positions)
+        results = []
+        start = 0
+        for entry in entries:
+            end = start + 1 + len(entry.draft_token_ids)
+            token_ids = [d.token_id for d in drawn[start:end]]
+            kept = 1 + num_accepted(entry.draft_token_ids, token_ids)
+            rows = slice(start, start + kept)
+            results.append(
+                Sampled(
+                    tuple(token_ids[:kept]),
+                    _logprobs(unprocessed[rows], token_ids[:kept], entry),
+                    mirostat_mu=_mirostat_mu(positions[start], drawn[start]),
+                )
+            )
+            start = end
+        return results
+
+    def draw(self, logits: Tensor, entries: Sequence[ScheduledRequest], positions: Positions) -> list[Drawn]:
+        """One token per row, as ``sample`` has them."""
+        for row, position in enumerate(positions):
+            self._forbid_early_end(logits[row], position)
+        process(logits, positions)
+        _constrain(logits, entries)
+        drawn = [Drawn(token_id) for token_id in logits.argmax(dim=-1).tolist()]
+        rows = [row for row, position in enumerate(positions) if not position.params.greedy]
+        if rows:
+            by_chance = _draw(logits[rows], [positions[row] for row in rows])
+            for row, one in zip(rows, by_chance, strict=True):
+                drawn[row] = one
+        return drawn
+
+    def _forbid_early_end(self, logits: Tensor, position: SamplingPosition) -> None:
+        params = position.params
+        if position.num_output_tokens < params.min_tokens:
             logits[list(self._eos_token_ids.union(params.stop_token_ids))] = -torch.inf
 
 
-def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """Inverse of the cumulative distribution at the request's random number, after temperature and truncations."""
-    logits = logits / _column(temperatures(logits, requests), logits)
-    uniforms = _column([uniform(r.params.seed, r.num_tokens) for r in requests], logits).double()
+def _positions(entry: ScheduledRequest) -> Iterator[SamplingPosition]:
+    for count in range(1 + len(entry.draft_token_ids)):
+        yield SamplingPosition(entry.request, entry.draft_token_ids[:count])
+
+
+def _logprobs(logits: Tensor, token_ids: Sequence[int], entry: ScheduledRequest) -> tuple[TokenLogprobs, ...]:
+    num_top = entry.request.params.logprobs
+    return () if num_top is None else tuple(token_logprobs(logits, token_ids, num_top))
+
+
+def _mirostat_mu(position: SamplingPosition, drawn: Drawn) -> float | None:
+    return next_mirostat_mu(position, drawn.probability) if position.params.mirostat_tau else None
+
+
+def _constrain(logits: Tensor, entries: Sequence[ScheduledRequest]) -> None:
+    """Forbids, in place, what the entries' grammars do. The grammar has the last word: where nothing it allows is
+    left, all of that comes equally likely."""
+    start = 0
+    for entry in entries:
+        end = start + 1 + len(entry.draft_token_ids)
+        if entry.request.constraint is not None:
+            masks = entry.request.constraint.masks(entry.draft_token_ids)
+            allowed = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, : logits.shape[1]]
+            forbidden = torch.from_numpy(allowed == 0).to(logits.device)
+            rows = logits[start:end].masked_fill_(forbidden, -torch.inf)
+            dead = ~rows.isfinite().any(dim=-1)
+            rows[dead] = torch.zeros_like(rows[dead]).masked_fill_(forbidden[dead], -torch.inf)
+        start = end
+
+
+def _draw(logits: Tensor, positions: Positions) -> list[Drawn]:
+    """Inverse of the cumulative distribution at the position's random number, after temperature and truncations."""
+    logits = logits / _column(temperatures(logits, positions), logits)
+    uniforms = _column([uniform(at.params.seed, at.num_tokens) for at in positions], logits).double()
     token_ids = torch.empty_like(uniforms, dtype=torch.long)
-    truncated = [row for row, request in enumerate(requests) if is_truncated(request)]
+    probabilities = torch.ones_like(uniforms)
+    truncated = [row for row, position in enumerate(positions) if is_truncated(position)]
     if truncated:
         descending, order = logits[truncated].sort(dim=-1, descending=True, stable=True)
-        truncate(descending, [requests[row] for row in truncated])
-        ranks = _inverse_cdf(descending.softmax(dim=-1), uniforms[truncated])
+        truncate(descending, [positions[row] for row in truncated])
+        weights = descending.softmax(dim=-1)
+        ranks = _inverse_cdf(weights, uniforms[truncated])
         token_ids[truncated] = order.gather(1, ranks)
-    whole = [row for row in range(len(requests)) if row not in truncated]
+        probabilities[truncated] = weights.gather(1, ranks).double()
+    whole = [row for row in range(len(positions)) if row not in truncated]
     if whole:
         token_ids[whole] = _inverse_cdf((logits[whole] if truncated else logits).softmax(dim=-1), uniforms[whole])
-    return [int(token_id) for token_id in token_ids.flatten()]
+    return [Drawn(*pair) for pair in zip(token_ids.flatten().tolist(), probabilities.flatten().tolist(), strict=True)]
 
 
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:

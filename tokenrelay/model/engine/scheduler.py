@@ -1,69 +1,57 @@
 """What the next step computes. Pure data and integers: no torch, no clock, no I/O.
 
 One rule instead of phases: every request has ``num_computed_tokens < num_tokens``, and each step hands out a
-token budget, running requests first, then waiting ones. Chunked prefill, prefix hits, preemption and decode are
-all that one loop. (the rule is vLLM v1's; mixing chunks and decodes is Sarathi-Serve, Agrawal et al. 2024)
+token budget, running requests first, then waiting ones. Chunked prefill, prefix hits, preemption, drafts and decode
+are all that one loop. (the rule is vLLM v1's; mixing chunks and decodes is Sarathi-Serve, Agrawal et al. 2024)
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from operator import attrgetter
 
 from tokenrelay.model.config import EngineConfig
-from tokenrelay.model.engine.block_pool import BlockPool
+from tokenrelay.model.engine.block_tables import BlockTables, KnownPrefix, Window
 from tokenrelay.model.engine.request import Request
+from tokenrelay.model.engine.speculation import PromptLookup
+from tokenrelay.model.engine.step import Sampled, ScheduledRequest, SchedulerOutput, StepOutput
 from tokenrelay.model.sampling_params import FinishReason
 
-
-class ScheduledRequest(NamedTuple):
-    """Compute ``num_tokens`` tokens of ``request``, from its ``num_computed_tokens`` on."""
-
-    request: Request
-    num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the request's last known token, so that a next one is drawn."""
-        return self.num_tokens == self.request.num_uncomputed_tokens
-
-
-@dataclass(slots=True)
-class SchedulerOutput:
-    """One step's work, in the order of the batch."""
-
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(entry.num_tokens for entry in self.scheduled)
-
-
-class StepOutput(NamedTuple):
-    """One sampled token. ``num_cached_tokens`` of the request's prompt came from the prefix cache."""
-
-    request_id: str
-    token_id: int
-    finish_reason: FinishReason | None
-    num_cached_tokens: int = 0
+in_order = attrgetter("order")
 
 
 class Scheduler:
-    """Owns the waiting queue, the running list and the block pool."""
+    """Owns the waiting queue, the running list and the block tables. Both lists are in the order of service: priority
+    class, then arrival, which is the order in which the broker's fair queue handed the requests out."""
 
-    def __init__(self, config: EngineConfig, num_blocks: int, max_model_len: int, eos_token_ids: Sequence[int]) -> None:
-        self.block_pool = BlockPool(num_blocks)
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_blocks: int,
+        max_model_len: int,
+        eos_token_ids: Sequence[int],
+        window: Window | None = None,
+    ) -> None:
+        self.config = config
+        self.window = window or Window()
+        self.block_tables = BlockTables(
+            num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            window=self.window,
+        )
+        self.block_pool = self.block_tables.pool
         self.requests: dict[str, Request] = {}  # by id: the waiting and the running
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.num_arrivals = 0
         self.num_preemptions = 0
         self.num_scheduled_tokens = 0
         self.num_prefix_queries = 0  # prompt tokens looked up
         self.num_prefix_hits = 0  # of these, found
-        self._config = config
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0  # of the drafts
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
 
@@ -72,34 +60,45 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
+        self.num_arrivals += 1
+        request.arrival = self.num_arrivals
+        if self.config.num_speculative_tokens and not request.params.mirostat_tau:  # mirostat needs each token's turn
+            request.lookup = PromptLookup(self.config.num_speculative_tokens)
         self.requests[request.request_id] = request
-        self.waiting.append(request)
+        insort(self.waiting, request, key=in_order)
 
     # --- deciding -------------------------------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
-        budget = self._continue_running(output, self._config.max_num_batched_tokens)
+        budget = self._continue_running(output, self._budget())
         if self.waiting and not output.preempted:  # what was just evicted must not be refilled by newcomers
             self._admit_waiting(output, budget)
         return output
+
+    def _budget(self) -> int:
+        """Rows of this step: a prompt that arrives beside running streams gets less, so that they keep their pace."""
+        decoding = sum(request.num_uncomputed_tokens == 1 for request in self.running)
+        if not decoding:
+            return self.config.max_num_batched_tokens
+        gentle = decoding + self.config.max_prefill_tokens_beside_decodes
+        return min(self.config.max_num_batched_tokens, max(gentle, len(self.running)))
 
     def _continue_running(self, output: SchedulerOutput, budget: int) -> int:
         position = 0
         while position < len(self.running):
             request = self.running[position]
-            behind = len(self.running) - position - 1
-            num_tokens = min(request.num_uncomputed_tokens, budget - behind)  # each one behind gets its token too
+            behind = len(self.running) - position - 1  # each one behind gets its token too
+            num_tokens = min(request.num_uncomputed_tokens, budget - behind)
             if not self._make_room(request, num_tokens, output):
                 break  # the request itself was the last one to evict
-            output.scheduled.append(ScheduledRequest(request, num_tokens))
-            budget -= num_tokens
+            budget -= self._compute(request, num_tokens, budget - behind, output)
             position += 1
         return budget
 
     def _make_room(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
-        """Grow the block table, evicting the youngest running requests until it fits."""
-        while not self._grow(request, num_tokens):
+        """Grow the block table, evicting running requests from the end of the order until it fits."""
+        while not self.block_tables.grow(request, num_tokens):
             victim = self.running[-1]
             self._preempt(victim)
             output.preempted.append(victim)
@@ -107,50 +106,66 @@ class Scheduler:
                 return False
         return True
 
+    def _compute(self, request: Request, num_tokens: int, budget: int, output: SchedulerOutput) -> int:
+        """Schedule the tokens, and drafts if the last token is among them; returns the rows."""
+        drafts: Sequence[int] = ()
+        if num_tokens == request.num_uncomputed_tokens:
+            drafts = self._drafts(request, budget - num_tokens)
+            if drafts and not self.block_tables.grow(request, num_tokens + len(drafts)):
+                drafts = ()  # guesses evict nobody
+        entry = ScheduledRequest(request, num_tokens, drafts)
+        output.scheduled.append(entry)
+        return entry.num_rows
+
+    def _drafts(self, request: Request, budget: int) -> Sequence[int]:
+        """What the grammar forces; else what followed the last tokens before, as far as the grammar allows it."""
+        if request.lookup is None:
+            return ()
+        room = min(request.params.max_tokens - request.num_output_tokens, self._max_model_len - request.num_tokens) - 1
+        limit = min(room, budget)
+        if limit <= 0:
+            return ()
+        if request.constraint is not None and (forced := request.constraint.forced()):
+            return forced[:limit]
+        drafts = request.lookup.propose(request.token_ids, limit, len(self.running))
+        return drafts[: request.constraint.num_valid(drafts)] if request.constraint is not None else drafts
+
     def _admit_waiting(self, output: SchedulerOutput, budget: int) -> None:
-        being_computed = {h for request in self.running for h in self._missing_hashes(request)}
+        being_computed = self._being_computed()
         for request in list(self.waiting):
-            if not budget or len(self.running) == self._config.max_num_seqs:
+            if budget <= 0 or len(self.running) == self.config.max_num_seqs:
                 break
-            hit = self._known_prefix(request)
-            missing = self._missing_hashes(request, len(hit))
+            prefix = self.block_tables.known_prefix(request)
+            missing = self.block_tables.missing_hashes(request, prefix)
             if missing and missing[0] in being_computed:
                 continue  # another request computes this very block: wait for it, and share it
-            if self.block_pool.num_free_without(hit) < self._num_blocks(request.num_tokens + 1) - len(hit):
+            if not self.block_tables.fits(request, prefix, self.config.max_num_batched_tokens):
                 break  # the whole prompt must fit, or it would be preempted halfway
-            budget -= self._start(request, hit, budget, output)
+            budget -= self._start(request, prefix, budget, output)
             being_computed.update(missing)
 
-    def _known_prefix(self, request: Request) -> list[int]:
-        return self.block_pool.lookup(self._shareable_hashes(request))
+    def _being_computed(self) -> set[bytes]:
+        """Hashes of the blocks that prompts in progress will make known."""
+        return {
+            block_hash
+            for request in self.running
+            if request.num_uncomputed_tokens > 1
+            for block_hash in self.block_tables.uncomputed_hashes(request)
+        }
 
-    def _missing_hashes(self, request: Request, num_known: int | None = None) -> list[bytes]:
-        """Hashes of the shareable blocks that are not computed; ``num_known`` of them are, or as many as it has."""
-        if num_known is None:
-            num_known = request.num_computed_tokens // self._config.block_size
-        return self._shareable_hashes(request)[num_known:]
-
-    def _shareable_hashes(self, request: Request) -> list[bytes]:
-        """Of every full block but the one with the last token, which is computed for its logits."""
-        if not self._config.enable_prefix_caching:
-            return []
-        block_size = self._config.block_size
-        return request.block_hashes((request.num_tokens - 1) // block_size, block_size)
-
-    def _start(self, request: Request, hit: list[int], budget: int, output: SchedulerOutput) -> int:
-        """Move a request to the running with the blocks it shares; returns how many tokens it computes now."""
+    def _start(self, request: Request, prefix: KnownPrefix, budget: int, output: SchedulerOutput) -> int:
+        """Move a request to the running with the blocks it shares; returns how many rows it computes now."""
         self.waiting.remove(request)
-        self.running.append(request)
-        self.block_pool.acquire(hit)
-        request.block_table = list(hit)
-        request.num_computed_tokens = len(hit) * self._config.block_size
+        insort(self.running, request, key=in_order)
+        self.block_tables.start(request, prefix)
         if request.num_preemptions == 0:
             self._count_hits(request)
         num_tokens = min(request.num_uncomputed_tokens, budget)
-        grown = self._grow(request, num_tokens)
+        grown = self.block_tables.grow(request, num_tokens)
         assert grown, "the room was just checked"
-        output.scheduled.append(ScheduledRequest(request, num_tokens))
-        return num_tokens
+        if prefix.partial_block is not None:
+            output.block_copies.append((prefix.partial_block, request.block_table[len(prefix.blocks)]))
+        return self._compute(request, num_tokens, budget, output)
 
     def _count_hits(self, request: Request) -> None:
         request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
@@ -158,31 +173,60 @@ class Scheduler:
         self.num_prefix_hits += request.num_computed_tokens
 
     def _preempt(self, request: Request) -> None:
-        """Free its blocks and recompute it later, before anything else that waits."""
-        self._release(request)
+        """Free its blocks and recompute it later, when its turn in the order comes."""
+        self.block_tables.release(request)
+        request.prompt_logprobs = []
         self.running.remove(request)
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=in_order)
         request.num_preemptions += 1
         self.num_preemptions += 1
 
     # --- learning what the step gave ------------------------------------------------------------------------------
 
-    def update(self, output: SchedulerOutput, sampled: Sequence[int | None]) -> list[StepOutput]:
-        """Account for a computed step. ``sampled`` has one entry per scheduled request, None for a mere chunk."""
+    def update(self, output: SchedulerOutput, sampled: Sequence[Sampled]) -> list[StepOutput]:
+        """Account for a computed step. ``sampled`` has one entry per scheduled request."""
+        self.num_scheduled_tokens += output.num_rows
         results = []
-        self.num_scheduled_tokens += output.num_tokens
-        for (request, num_tokens), token_id in zip(output.scheduled, sampled, strict=True):
-            request.num_computed_tokens += num_tokens
-            self._remember_full_blocks(request, num_tokens)
-            if token_id is not None:
-                request.token_ids.append(token_id)
-                request.finish_reason = self._finish_reason(request, token_id)
-                results.append(
-                    StepOutput(request.request_id, token_id, request.finish_reason, request.num_cached_tokens)
-                )
+        for entry, drawn in zip(output.scheduled, sampled, strict=True):
+            request, num_accepted = entry.request, max(0, len(drawn.token_ids) - 1)
+            request.prompt_logprobs += drawn.prompt_logprobs
+            if drawn.token_ids:
+                results.append(self._append(request, drawn))
+                self._observe(entry, num_accepted)
+            num_computed = request.num_computed_tokens + entry.num_tokens + num_accepted
+            self.block_tables.computed(request, min(num_computed, request.num_tokens))
             if request.finish_reason is not None:
                 self.remove(request)
         return results
+
+    def _append(self, request: Request, drawn: Sampled) -> StepOutput:
+        """Take the tokens up to the one that ends the request."""
+        prompt_logprobs = (None, *request.prompt_logprobs) if request.wants_prompt_logprobs else ()
+        count = 0
+        while count < len(drawn.token_ids) and request.finish_reason is None:
+            request.token_ids.append(drawn.token_ids[count])
+            request.finish_reason = self._finish_reason(request, drawn.token_ids[count])
+            count += 1
+        token_ids = drawn.token_ids[:count]
+        if request.constraint is not None:
+            request.constraint.accept(token_ids)
+        if drawn.mirostat_mu is not None:
+            request.mirostat_mu = drawn.mirostat_mu
+        return StepOutput(
+            request.request_id,
+            token_ids,
+            request.finish_reason,
+            request.num_cached_tokens,
+            drawn.logprobs[:count],
+            prompt_logprobs,
+            drawn.mirostat_mu,
+        )
+
+    def _observe(self, entry: ScheduledRequest, num_accepted: int) -> None:
+        if entry.draft_token_ids and entry.request.lookup is not None:
+            self.num_draft_tokens += len(entry.draft_token_ids)
+            self.num_accepted_tokens += num_accepted
+            entry.request.lookup.observe(entry.request.num_tokens, len(entry.draft_token_ids), num_accepted)
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.params
@@ -196,37 +240,8 @@ class Scheduler:
     def remove(self, request: Request) -> None:
         """Forget a request, wherever it is, and free its blocks."""
         del self.requests[request.request_id]
-        self._release(request)
+        self.block_tables.release(request)
         (self.running if request in self.running else self.waiting).remove(request)
-
-    # --- blocks ---------------------------------------------------------------------------------------------------
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.block_size)
-
-    def _grow(self, request: Request, num_tokens: int) -> bool:
-        missing = self._num_blocks(request.num_computed_tokens + num_tokens) - len(request.block_table)
-        blocks = self.block_pool.allocate(max(0, missing))
-        if blocks is None:
-            return False
-        request.block_table += blocks
-        return True
-
-    def _release(self, request: Request) -> None:
-        self.block_pool.release(request.block_table)
-        request.block_table = []
-        request.num_computed_tokens = 0
-
-    def _remember_full_blocks(self, request: Request, num_new_tokens: int) -> None:
-        """Offer the blocks that the step filled to later prompts."""
-        if not self._config.enable_prefix_caching:
-            return
-        block_size = self._config.block_size
-        first = (request.num_computed_tokens - num_new_tokens) // block_size
-        num_full = request.num_computed_tokens // block_size
-        hashes = request.block_hashes(num_full, block_size) if num_full > first else []
-        for index in range(first, num_full):
-            self.block_pool.remember(request.block_table[index], hashes[index])
 
     def check_integrity(self) -> None:
         """Raises BlockPoolError when the books of blocks do not balance."""

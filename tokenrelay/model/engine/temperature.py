@@ -7,21 +7,21 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tokenrelay.model.engine.request import Request
+from tokenrelay.model.engine.request import SamplingPosition
 from tokenrelay.model.sampling_params import SamplingParams
 
 COLDEST = 1e-5  # as good as zero, and logits divided by it stay finite
 
 
-def temperatures(logits: Tensor, requests: Sequence[Request]) -> list[float]:
+def temperatures(logits: Tensor, positions: Sequence[SamplingPosition]) -> list[float]:
     """One number per row of ``logits`` [S, vocabulary], before any temperature."""
-    numbers = [max(COLDEST, request.params.temperature) for request in requests]
-    dynamic = [row for row, request in enumerate(requests) if request.params.dynatemp_range > 0]
+    numbers = [max(COLDEST, at.params.temperature) for at in positions]
+    dynamic = [row for row, at in enumerate(positions) if at.params.dynatemp_range > 0]
     if dynamic:
         entropies = entropy(logits[dynamic].log_softmax(dim=-1)).flatten().tolist()
         choices = logits[dynamic].isfinite().sum(dim=-1).tolist()
         for row, nats, count in zip(dynamic, entropies, choices, strict=True):
-            numbers[row] = _dynamic(requests[row].params, nats / math.log(count) if count > 1 else 0.0)
+            numbers[row] = _dynamic(positions[row].params, nats / math.log(count) if count > 1 else 0.0)
     return numbers
 
 
