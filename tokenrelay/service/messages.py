@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from tokenrelay.model.sampling_params import SamplingParams
+from tokenrelay.model.sampling_params import SamplingParams, TokenLogprobs
 
 VERSION = 1
 
@@ -18,7 +18,11 @@ class MessageError(ValueError):
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One accepted request, as the API hands it to whichever worker claims it."""
+    """One accepted request, as the API hands it to whichever worker claims it.
+
+    ``cache_salt`` divides a tenant's prefix cache further. A lower ``priority`` is served sooner. ``prompt_only`` asks
+    for no output at all: the one token that is sampled anyway is dropped, and counted nowhere.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -26,12 +30,19 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tenant: str = "default"
     cache_salt: str = ""
     priority: int = 0
+    skip_special_tokens: bool = True
+    prompt_only: bool = False
     version: int = VERSION
 
     @property
     def cost(self) -> int:
         """Tokens this request may occupy: what fair queueing and admission count."""
-        return len(self.prompt_token_ids) + self.params.n * self.params.max_tokens
+        return len(self.prompt_token_ids) + max(self.params.n, self.params.beam_width) * self.params.max_tokens
+
+    @property
+    def prompt_tail(self) -> list[int]:
+        """The prompt's last tokens: the output may complete a character, of up to four bytes, that was begun there."""
+        return self.prompt_token_ids[-4:]
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -54,13 +65,19 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One entry of a request's log.
 
     ``token_ids`` are the ids sampled in this step for one choice; ``text`` is what became printable, which lags
-    behind the ids while a stop string or a UTF-8 sequence is incomplete. ``finish_reason`` ends the choice.
-    The entry with ``usage`` or ``error`` is terminal: exactly one, the last of the log.
+    behind the ids while a stop string or a UTF-8 sequence is incomplete. ``logprobs`` has one entry per token id,
+    ``prompt_logprobs`` one per prompt token, None for the first, and comes with the log's first event; both only if
+    asked for. ``mirostat_mu`` is the sampler's state behind these tokens, which a resumed choice begins with.
+    ``finish_reason`` ends the choice. The entry with ``usage`` or ``error`` is terminal: exactly one, the last of the
+    log.
     """
 
     choice: int = 0
     token_ids: list[int] = []
     text: str = ""
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs | None] = []
+    mirostat_mu: float | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
     error: Error | None = None

@@ -99,8 +99,10 @@ class WorkerMetrics:
         self.prefix_cache_queries = counter("tokenrelay_prefix_cache_queries", "Prompt tokens looked up.")
         self.prefix_cache_hits = counter("tokenrelay_prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.num_preemptions = counter("tokenrelay_num_preemptions", "Requests sent back to recompute.")
+        self.draft_tokens = counter("tokenrelay_spec_decode_num_draft_tokens", "Guessed tokens that were verified.")
+        self.accepted_tokens = counter("tokenrelay_spec_decode_num_accepted_tokens", "Of these, right.")
         self.prefill_tokens = counter(
-            "tokenrelay_engine_prefill_tokens", "Tokens computed that no token was sampled from: prompts."
+            "tokenrelay_engine_prefill_tokens", "Rows computed beside one per sampling request: prompts and drafts."
         )
         self.decode_tokens = counter("tokenrelay_engine_decode_tokens", "Tokens sampled.")
         self.fenced_writes = counter(

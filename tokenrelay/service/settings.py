@@ -39,13 +39,23 @@ class Settings(BaseSettings):
     # the engine
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the network runs: auto, cpu or cuda.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of weights and KV cache: auto, float32, bfloat16 or float16."
+        "auto", description="Type of the weights: auto, float32, bfloat16 or float16."
     )
     num_threads: int = Field(0, ge=0, description="Compute threads on a CPU; 0: one per core this process may use.")
+    kv_cache_dtype: Literal["auto", "int8"] = Field("auto", description="Type of the KV cache: auto is as dtype.")
     kv_cache_mb: int = Field(1024, ge=1, description="Memory budget of the KV cache.")
     max_model_len: int = Field(0, ge=0, description="Longest prompt plus output in tokens; 0: the model's own limit.")
     max_num_seqs: int = Field(64, ge=1, description="Requests computed in one step.")
-    max_num_batched_tokens: int = Field(256, ge=1, description="Token budget of one step; bounds the stall of others.")
+    max_num_batched_tokens: int = Field(256, ge=1, description="Token budget of one step.")
+    max_prefill_tokens_beside_decodes: int = Field(
+        64, ge=1, description="Prompt tokens of a step in which streams run; bounds the stall a prompt causes them."
+    )
+    num_speculative_tokens: int = Field(
+        8, ge=0, le=64, description="Most drafts verified per request and step (prompt lookup); 0: no speculation."
+    )
+    attention_sinks: int = Field(
+        0, ge=0, le=64, description="StreamingLLM: first tokens kept while a sequence outgrows the context; 0: it ends."
+    )
     enable_prefix_caching: bool = Field(True, description="Reuse the KV blocks of equal prompt beginnings.")
 
     # the relay

@@ -8,21 +8,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import msgspec
 from prometheus_client import CollectorRegistry
 
+from tokenrelay.model.sampling_params import TokenLogprobs
 from tokenrelay.service.api.app import create_app
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.server import DrainingServer
 from tokenrelay.service.broker import connect
 from tokenrelay.service.keys import Keys
-from tokenrelay.service.messages import Error, Event, Usage, WorkerFacts
+from tokenrelay.service.messages import Error, Event, Submission, Usage, WorkerFacts
 from tokenrelay.service.queue import Claim, Queue, cancellation
 from tokenrelay.service.registry import Registry
 from tokenrelay.service.settings import Settings
@@ -118,9 +120,17 @@ def word(i: int) -> str:
     return f" w{i}"
 
 
+def token_logprobs(token_id: int, logprob: float, num_top: int | None) -> TokenLogprobs:
+    """What the paced worker says of a token: it is the third likeliest, after 100, 101 …"""
+    return TokenLogprobs(token_id, logprob, 3, tuple((100 + i, -0.25 * (i + 1)) for i in range(num_top or 0)))
+
+
 @dataclass
 class PacedWorker:
-    """Claims like a worker, and publishes one token per ``pace`` and choice. Stops by itself after ``length``."""
+    """Claims like a worker, and publishes one token per ``pace`` and choice. Stops by itself after ``length``.
+
+    ``logprobs`` are those of each choice's tokens; the prompt's tokens have -1.
+    """
 
     queue: Queue
     token_log: TokenLog
@@ -132,6 +142,7 @@ class PacedWorker:
     announced: bool = True
     draining: bool = False
     cached_tokens: int = 0
+    logprobs: Sequence[float] = (-0.5,)  # by choice, over again if there are more
     gate: asyncio.Event = field(default_factory=asyncio.Event)  # the first token waits for it
     claims: list[Claim] = field(default_factory=list)
     cancelled: dict[str, float] = field(default_factory=dict)  # when, by id
@@ -176,18 +187,36 @@ class PacedWorker:
             await asyncio.sleep(self.pace)
 
     def _events(self, claim: Claim, i: int, choice: int, log: list[Event]) -> list[Event]:
-        params = claim.submission.params
-        if claim.submission.request_id in self.cancelled:
-            return cancellation(claim.submission, log)
+        submission = claim.submission
+        if submission.request_id in self.cancelled:
+            return cancellation(submission, log)
         if self.error and i == 2:
             return [Event(error=self.error)]
+        params, num_done = submission.params, 0 if submission.prompt_only else i + 1
         last = i + 1 == min(self.length, params.max_tokens)
-        reason = None if not last else "length" if i + 1 == params.max_tokens else "stop"
-        usage = None
-        if last and choice + 1 == params.n:
-            prompt = len(claim.submission.prompt_token_ids)
-            usage = Usage(prompt_tokens=prompt, completion_tokens=(i + 1) * params.n, cached_tokens=self.cached_tokens)
-        return [Event(choice=choice, token_ids=[i], text=word(i), finish_reason=reason, usage=usage)]
+        event = Event(
+            choice=choice,
+            token_ids=[i][:num_done],
+            text=word(i) * bool(num_done),
+            logprobs=self._logprobs(i, choice, params.logprobs)[:num_done],
+            prompt_logprobs=[] if log else self._prompt_logprobs(submission),
+            finish_reason=None if not last else "length" if i + 1 == params.max_tokens else "stop",
+        )
+        return [self._ended(event, submission, num_done) if last and choice + 1 == params.n else event]
+
+    def _logprobs(self, i: int, choice: int, num_top: int | None) -> list[TokenLogprobs]:
+        logprob = self.logprobs[choice % len(self.logprobs)]
+        return [] if num_top is None else [token_logprobs(i, logprob, num_top)]
+
+    def _prompt_logprobs(self, submission: Submission) -> list[TokenLogprobs | None]:
+        num_top = submission.params.prompt_logprobs
+        _, *others = submission.prompt_token_ids
+        return [] if num_top is None else [None, *(token_logprobs(token_id, -1, num_top) for token_id in others)]
+
+    def _ended(self, event: Event, submission: Submission, num_tokens: int) -> Event:
+        num_prompt, num_completion = len(submission.prompt_token_ids), num_tokens * submission.params.n
+        usage = Usage(prompt_tokens=num_prompt, completion_tokens=num_completion, cached_tokens=self.cached_tokens)
+        return msgspec.structs.replace(event, usage=usage)
 
     async def _publish(self, claim: Claim, events: list[Event], index: int) -> None:
         publication = Publication(claim.submission.request_id, claim.epoch, index, events)

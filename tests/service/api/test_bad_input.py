@@ -81,6 +81,7 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "max_tokens negative": ({"max_tokens": -1}, "max_tokens"),
     "min_tokens above max_tokens": ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
     "min_tokens huge": ({"min_tokens": 10**30}, "min_tokens"),
+    "min_tokens of none": ({"max_tokens": 0, "prompt_logprobs": 0, "min_tokens": 1}, "min_tokens"),
     "seed negative": ({"seed": -1}, "seed"),
     "seed beyond 63 bits": ({"seed": 2**63}, "seed"),
     "stop empty": ({"stop": ""}, "stop"),
@@ -120,6 +121,29 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "xtc_threshold negative": ({"xtc_threshold": -0.1}, "xtc_threshold"),
     "dynatemp_range negative": ({"dynatemp_range": -1}, "dynatemp_range"),
     "dynatemp_exponent 0": ({"dynatemp_exponent": 0}, "dynatemp_exponent"),
+    "mirostat 1": ({"mirostat": 1}, "mirostat"),
+    "mirostat as bool": ({"mirostat": True}, "mirostat"),
+    "mirostat_tau 0": ({"mirostat": 2, "mirostat_tau": 0}, "mirostat_tau"),
+    "mirostat_eta above 1": ({"mirostat_eta": 1.1}, "mirostat_eta"),
+    "best_of below n": ({"n": 3, "best_of": 2}, "best_of"),
+    "best_of huge": ({"best_of": 10**9}, "best_of"),
+    "best_of above n in a stream": ({"best_of": 2, "stream": True}, "best_of"),
+    "use_beam_search as number": ({"use_beam_search": 1}, "use_beam_search"),
+    "length_penalty without beams": ({"length_penalty": 2}, "length_penalty"),
+    "length_penalty huge": ({"use_beam_search": True, "length_penalty": 11}, "length_penalty"),
+    "early_stopping without beams": ({"early_stopping": True}, "early_stopping"),
+    "prompt_logprobs -1": ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    "prompt_logprobs above 20": ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    "prompt_logprobs as bool": ({"prompt_logprobs": True}, "prompt_logprobs"),
+    "tokens as ids of nothing": ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
+    "return_token_ids as number": ({"return_token_ids": 1}, "return_token_ids"),
+    "include_stop_str_in_output as text": ({"include_stop_str_in_output": "x"}, "include_stop_str_in_output"),
+    "truncate_prompt_tokens 0": ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    "priority above 100": ({"priority": 101}, "priority"),
+    "priority below -100": ({"priority": -101}, "priority"),
+    "priority as float": ({"priority": 0.5}, "priority"),
+    "cache_salt empty": ({"cache_salt": ""}, "cache_salt"),
+    "cache_salt too long": ({"cache_salt": "x" * 257}, "cache_salt"),
     "stream as text": ({"stream": "yes"}, "stream"),
     "stream as number": ({"stream": 1}, "stream"),
     "stream_options without stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -147,6 +171,11 @@ BAD_CHAT: dict[str, tuple[dict[str, Any], str]] = {
         "messages.0.content.0",
     ),
     "a tool call": ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+    "logprobs as number": ({"logprobs": 1}, "logprobs"),
+    "top_logprobs of nothing": ({"top_logprobs": 2}, "top_logprobs"),
+    "top_logprobs above 20": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    "max_completion_tokens 0": ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    "add_special_tokens": ({"add_special_tokens": True}, "add_special_tokens"),
     "both limits": ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
     "prompt": ({"prompt": "Hi"}, "prompt"),
     "too many messages": ({"messages": [{"role": "user", "content": "x"}] * 90_000}, "messages"),
@@ -167,8 +196,11 @@ BAD_COMPLETIONS: dict[str, tuple[dict[str, Any], str]] = {
     "id as float": ({"prompt": [1.5]}, "prompt.0"),
     "too many prompts": ({"prompt": ["a"] * 100_000}, "prompt"),
     "too many ids": ({"prompt": [1] * 1_000_000}, "prompt"),
-    "best_of": ({"best_of": 10**9}, "best_of"),
-    "echo": ({"echo": True}, "echo"),
+    "echo as text": ({"echo": "yes"}, "echo"),
+    "logprobs as bool": ({"logprobs": True}, "logprobs"),
+    "logprobs above 20": ({"logprobs": 21}, "logprobs"),
+    "prompt_logprobs by the million": ({"prompt": [[1] * 1000] * 16, "prompt_logprobs": 20}, "prompt_logprobs"),
+    "logprobs of prompts by the million": ({"prompt": [[1] * 1000] * 16, "logprobs": 20, "echo": True}, "logprobs"),
     "messages": ({"messages": []}, "messages"),
 }
 
@@ -194,6 +226,30 @@ def test_every_parameter_that_is_not_built_is_refused_by_name(server: Server, po
         for name in table:
             error = refused(post.post(route, json=make(server, **{name: {"meant": "seriously"}})))
             assert (error["code"], error["param"]) == ("unsupported_parameter", name)
+
+
+BESIDE_BEAMS: list[dict[str, Any]] = [
+    {"stream": True},
+    {"temperature": 0.7},
+    {"top_k": 5},
+    {"presence_penalty": 0.5},
+    {"logit_bias": {"5": 1}},
+    {"mirostat": 2},
+    {"stop": "x"},
+    {"include_stop_str_in_output": True},
+    {"prompt_logprobs": 0},
+]
+
+
+@pytest.mark.parametrize("fields", BESIDE_BEAMS, ids=lambda fields: next(iter(fields)))
+def test_a_beam_search_names_the_first_field_that_it_cannot_honour(
+    server: Server, post: httpx.Client, fields: dict[str, Any]
+) -> None:
+    for route, make in ((ROUTES[0], chat), (ROUTES[1], completion)):
+        error = refused(post.post(route, json=make(server, use_beam_search=True, n=2, **fields)))
+        assert error["param"] == next(iter(fields))
+    for route, body in ((ROUTES[0], chat(server, logprobs=True)), (ROUTES[1], completion(server, logprobs=0))):
+        assert refused(post.post(route, json={**body, "use_beam_search": True}))["param"] == "logprobs"
 
 
 def test_only_neutral_values_ask_for_nothing() -> None:

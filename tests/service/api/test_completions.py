@@ -79,6 +79,67 @@ async def test_a_stream_has_one_finish_reason_and_no_role(
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 5 + ["length"]
 
 
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 1}])
+async def test_best_of_keeps_the_likeliest_and_counts_all(
+    server: Server, client: AsyncOpenAI, worker: PacedWorker, fields: dict[str, Any]
+) -> None:
+    worker.logprobs = (-3.0, -1.0, -2.0)
+    create: Any = client.completions.create
+    extra = {"return_token_ids": True}
+    answer = await create(model=server.model, prompt=["a", "b"], n=2, best_of=3, extra_body=extra, **fields)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert all(choice.token_ids == list(range(8)) for choice in answer.choices)
+    told = [choice.logprobs and choice.logprobs.token_logprobs[0] for choice in answer.choices]
+    assert told == ([-1, -2, -1, -2] if fields else [None] * 4)
+    assert answer.usage.completion_tokens == 2 * 3 * 8
+    assert worker.claims[0].submission.params.n == 3
+
+
+async def test_a_prompt_may_be_cut_to_its_end(server: Server, client: AsyncOpenAI, worker: PacedWorker) -> None:
+    for num_kept, kept in ((1, [1980]), (2, [6403, 1980]), (9, [6403, 1980])):
+        extra = {"truncate_prompt_tokens": num_kept, "echo": True}
+        answer = await client.completions.create(model=server.model, prompt="Once upon", extra_body=extra)
+        assert worker.claims[-1].submission.prompt_token_ids == kept
+        assert answer.choices[0].text == server.process.model.tokenizer.decode(kept) + words(8)
+
+
+async def test_a_prompt_cut_to_its_end_may_be_too_long_before(
+    server: Server, client: AsyncOpenAI, worker: PacedWorker
+) -> None:
+    extra = {"truncate_prompt_tokens": 10}
+    answer = await client.completions.create(model=server.model, prompt="word " * 3000, extra_body=extra)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 10
+
+
+async def test_the_worker_gets_priority_salt_and_what_to_skip(
+    server: Server, client: AsyncOpenAI, worker: PacedWorker
+) -> None:
+    extra: dict[str, Any] = {"priority": -100, "cache_salt": "mine", "skip_special_tokens": False}
+    for fields, expected in ((extra, (-100, "mine", False)), (dict.fromkeys(extra), (0, "", True))):
+        await client.completions.create(model=server.model, prompt="Once", extra_body=fields)
+        submission = worker.claims[-1].submission
+        assert (submission.priority, submission.cache_salt, submission.skip_special_tokens) == expected
+        assert submission.tenant == "default"
+
+
+async def test_special_tokens_are_added_unless_not_wanted(
+    server: Server, client: AsyncOpenAI, worker: PacedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This model adds none: what matters is what its tokenizer is told."""
+    told: list[dict[str, bool]] = []
+    encode = server.process.model.tokenizer.encode
+
+    def listening(text: str, **options: bool) -> list[int]:
+        told.append(options)
+        return encode(text, add_special_tokens=True)
+
+    monkeypatch.setattr(server.process.model.tokenizer, "encode", listening)
+    for fields in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+        await client.completions.create(model=server.model, prompt="Once", extra_body=fields)
+    assert [options["add_special_tokens"] for options in told] == [True, True, False]
+
+
 async def test_too_many_prompts_are_refused(server: Server, client: AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="at most 16") as refused:
         await client.completions.create(model=server.model, prompt=["a"] * 17)

@@ -29,6 +29,7 @@ async def test_every_kind_of_end_is_counted_once(server: Server, http: httpx.Asy
 
     async with working(server):
         await asyncio.gather(ask(), ask(stream=True), ask(max_tokens=2), ask(n=3), ask(prompt=["a", "b"]))
+        await ask(max_tokens=0, echo=True)  # has no first token, and counts none
     async with working(server, error=Error(message="Lost.", code="worker_lost")):
         await asyncio.gather(ask(), ask(stream=True))
     await asyncio.gather(ask(n=0), ask(model="other"), ask(temperature=-1), ask(tools=[{}]))
@@ -38,16 +39,16 @@ async def test_every_kind_of_end_is_counted_once(server: Server, http: httpx.Asy
     }
     assert outcomes == {
         "tokenrelay_requests_total{stop}": 5,
-        "tokenrelay_requests_total{length}": 1,
+        "tokenrelay_requests_total{length}": 2,
         "tokenrelay_requests_total{worker_lost}": 2,
     }
-    assert samples["tokenrelay_requests_accepted_total"] == 8
+    assert samples["tokenrelay_requests_accepted_total"] == 9
     assert samples["tokenrelay_requests_in_flight"] == 0
     assert samples["tokenrelay_requests_refused_total{model_not_found}"] == 1
     assert samples["tokenrelay_requests_refused_total{invalid_value}"] == 2
     assert samples["tokenrelay_generation_tokens_total"] == 4 * 8 + 2 + 3 * 8 + 2 * 2
     assert samples["tokenrelay_time_to_first_token_seconds_count"] == 8
-    assert samples["tokenrelay_e2e_request_latency_seconds_count"] == 8
+    assert samples["tokenrelay_e2e_request_latency_seconds_count"] == 9
     assert samples["tokenrelay_request_generation_tokens_sum"] == samples["tokenrelay_generation_tokens_total"]
 
 

@@ -77,6 +77,35 @@ async def test_dry_has_llama_cpps_breakers_unless_told(
     )
 
 
+async def test_mirostat_has_llama_cpps_names_and_defaults(
+    server: Server, client: AsyncOpenAI, worker: PacedWorker
+) -> None:
+    for fields, tau, eta in (
+        ({"mirostat": 2}, 5, 0.1),
+        ({"mirostat": 2, "mirostat_tau": 3, "mirostat_eta": 0.2}, 3, 0.2),
+        ({"mirostat": 0, "mirostat_tau": 3}, 0, 0.1),
+    ):
+        params = await params_of(server, client, worker, **fields)
+        assert (params.mirostat_tau, params.mirostat_eta) == (tau, eta)
+
+
+async def test_best_of_or_n_is_the_width_of_a_beam_search(
+    server: Server, client: AsyncOpenAI, worker: PacedWorker
+) -> None:
+    beams: dict[str, Any] = {"use_beam_search": True, "length_penalty": 0.5, "early_stopping": True, "temperature": 0}
+    for fields, n, width in (({"n": 3}, 3, 3), ({"n": 2, "best_of": 4}, 2, 4), ({}, 1, 1)):
+        params = await params_of(server, client, worker, seed=5, **beams, **fields)
+        assert params == SamplingParams(
+            max_tokens=16, seed=5, temperature=0, n=n, beam_width=width, length_penalty=0.5, early_stopping=True
+        )
+        assert worker.claims[-1].submission.cost == 1 + 16 * width
+
+
+async def test_what_stops_a_choice_may_be_part_of_it(server: Server, client: AsyncOpenAI, worker: PacedWorker) -> None:
+    params = await params_of(server, client, worker, stop="x", include_stop_str_in_output=True)
+    assert params.include_stop_str_in_output
+
+
 async def test_an_unknown_id_is_refused_with_the_vocabulary_s_size(server: Server, client: AsyncOpenAI) -> None:
     for fields in ({"logit_bias": {"49152": 1}}, {"allowed_token_ids": [49152]}):
         with pytest.raises(openai.BadRequestError, match="from 0 to 49151") as refused:

@@ -14,12 +14,14 @@ from starlette.types import Message
 
 from tests.service.api.conftest import ended
 from tests.service.api.serving import Server, sse_events, wait_for, working
-from tokenrelay.service.api.choices import Choices, Step
+from tokenrelay.model.sampling_params import SamplingParams
+from tokenrelay.service.api.choices import Choices, Output, Step
 from tokenrelay.service.api.completions import CompletionFormat
 from tokenrelay.service.api.generation import Generations
 from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.sse import EventStream
-from tokenrelay.service.messages import Error
+from tokenrelay.service.messages import Error, Submission
 
 
 def body(server: Server, **fields: Any) -> dict[str, Any]:
@@ -117,16 +119,20 @@ class _OneStep(Choices):
         self.closed = False
 
     async def steps(self) -> AsyncGenerator[Step, None]:
-        yield Step(index=1, choice=0, text="a", finish_reason=None, usage=None)
+        yield Step(index=1, output=Output(choice=0, text="a"))
 
     async def close(self) -> None:
         self.closed = True
 
 
-async def test_a_client_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_reads_nothing_is_given_up(
+    loaded_model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tokenrelay.service.api.sse.STALL_SECONDS", 0.05)
     choices, request = _OneStep(), CompletionRequest(model="m", prompt="p")
-    stream = EventStream(choices, CompletionFormat(request, "id"), Generations(*[Mock()] * 3), keep_alive_seconds=60)
+    submission = Submission(request_id="id", prompt_token_ids=[5], params=SamplingParams(max_tokens=1))
+    chunks = CompletionFormat(request, [submission], loaded_model.tokenizer, "id")
+    stream = EventStream(choices, chunks, Generations(*[Mock()] * 3), keep_alive_seconds=60)
 
     async def blocked(message: Message) -> None:
         if message["type"] == "http.response.body":

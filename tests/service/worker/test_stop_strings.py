@@ -1,39 +1,49 @@
-"""A stop string is found wherever the pieces are cut, and never shown."""
+"""A stop string is found wherever the pieces are cut."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tokenrelay.service.worker.stop_strings import StopStringMatcher
 
 TEXT = st.text("ab. ", max_size=40)
-STOPS = st.lists(st.text("ab. ", min_size=1, max_size=5), max_size=4)
+STOP = st.text("ab. ", min_size=1, max_size=5)
+CUTS = st.lists(st.integers(0, 40))
 
 
-def first_stop(text: str, stops: list[str]) -> int | None:
-    return min((position for stop in stops if (position := text.find(stop)) >= 0), default=None)
-
-
-@given(text=TEXT, stops=STOPS, cuts=st.lists(st.integers(0, 40)))
-def test_any_cut_gives_the_text_before_the_stop(text: str, stops: list[str], cuts: list[int]) -> None:
-    matcher = StopStringMatcher(stops)
-    bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    shown = ""
-    stopped = False
+def shown(matcher: StopStringMatcher, text: str, cuts: list[int]) -> tuple[str, bool]:
+    """What the matcher lets pass of ``text``, cut there; and whether it was stopped."""
     seen = ""
-    for start, end in pairwise(bounds):
-        seen += text[start:end]
+    for start, end in pairwise([0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]):
         matched = matcher.append(text[start:end])
-        shown += matched.text
-        assert matched.stopped == (first_stop(seen, stops) is not None)
-        if stopped := matched.stopped:
+        seen += matched.text
+        if matched.stopped:
+            return seen, True
+    return seen + matcher.flush(), False
+
+
+@given(text=TEXT, stop=STOP, cuts=CUTS)
+def test_any_cut_gives_the_text_before_the_stop_or_with_it(text: str, stop: str, cuts: list[int]) -> None:
+    found = text.find(stop)
+    before, with_it = (text[:found], text[: found + len(stop)]) if found >= 0 else (text, text)
+    assert shown(StopStringMatcher([stop]), text, cuts) == (before, found >= 0)
+    assert shown(StopStringMatcher([stop], include=True), text, cuts) == (with_it, found >= 0)
+
+
+@given(text=TEXT, stops=st.lists(STOP, max_size=4), cuts=CUTS)
+@example(text="ab.", stops=["ab.", "b"], cuts=[])  # the shorter one is complete first, though it begins later
+def test_of_several_stops_the_first_to_be_complete_counts(text: str, stops: list[str], cuts: list[int]) -> None:
+    """So that it does not matter how much text comes at once."""
+    for end in range(len(text) + 1):
+        if complete := [stop for stop in stops if text[:end].endswith(stop)]:
+            expected = text[: end - max(map(len, complete))], True
             break
-    if not stopped:
-        shown += matcher.flush()
-    assert shown == seen[: first_stop(seen, stops)]
+    else:
+        expected = text, False
+    assert shown(StopStringMatcher(stops), text, cuts) == expected
 
 
 def test_only_what_may_become_a_stop_is_held_back() -> None:
@@ -41,3 +51,15 @@ def test_only_what_may_become_a_stop_is_held_back() -> None:
     assert matcher.append("Hello.\n") == ("Hello.", False)
     assert matcher.append("\nHu") == ("", False)
     assert matcher.append("ge") == ("\n\nHuge", False)
+
+
+def test_nothing_is_held_back_when_the_stop_is_part_of_the_text() -> None:
+    matcher = StopStringMatcher(["\n\nHuman"], include=True)
+    assert matcher.append("Hello.\n") == ("Hello.\n", False)
+    assert matcher.append("\nHuman: Hi") == ("\nHuman", True)
+
+
+def test_text_that_may_not_stop_may_still_begin_a_stop() -> None:
+    matcher = StopStringMatcher(["END"])
+    assert matcher.append("END E", may_stop=False) == ("END ", False)
+    assert matcher.append("ND") == ("", True)

@@ -10,7 +10,7 @@ from tokenrelay.model.chat_template import ChatTemplateError
 from tokenrelay.model.sampling_params import SamplingParams, SamplingParamsError
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.event_loop import off_loop_if_large
-from tokenrelay.service.api.sampling import require_known, sampling, text_size
+from tokenrelay.service.api.sampling import require_known, require_plain_beams, sampling, text_size
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest, ChatMessage
 from tokenrelay.service.api.schemas.completions import CompletionRequest
 from tokenrelay.service.api.schemas.request import GenerationRequest
@@ -20,6 +20,7 @@ from tokenrelay.service.messages import Submission
 
 LARGE_TEXT = 8 << 10  # characters: about a millisecond of tokenizing
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
+MAX_PROMPT_LOGPROBS = 1 << 18  # in one answer: about 20 MB of JSON, and 4 MB in the broker
 MAX_REPORTED = 10**12  # larger numbers are not worth repeating in a message
 
 
@@ -34,61 +35,58 @@ class Admission:
         self._require_servable(body)
         size = sum(len(message.text) for message in body.messages) + 64 * len(body.messages)
         prompt = await off_loop_if_large(size, LARGE_TEXT, lambda: _encode_chat(self._model.tokenizer, body.messages))
-        shape = await self._sampling(body)
-        params = self._params(body, body.token_limit, prompt, shape, "messages", default=self._model.max_model_len)
-        return [Submission(request_id=request_id, prompt_token_ids=prompt, params=params)]
+        return await self._submissions(body, request_id, [prompt], "messages", self._model.max_model_len)
 
     async def completion(self, body: CompletionRequest, request_id: str) -> list[Submission]:
         self._require_servable(body)
         _require_at_most(len(body.prompts), self._max_n, "prompt", "prompts in one request")
-        size = sum(map(len, body.prompts))
-        prompts = await off_loop_if_large(size, LARGE_TEXT, self._encoder(body.prompts))
-        shape = await self._sampling(body)
+        prompts = await off_loop_if_large(sum(map(len, body.prompts)), LARGE_TEXT, self._encoder(body))
+        return await self._submissions(body, request_id, prompts, "prompt", COMPLETIONS_MAX_TOKENS)
+
+    def _require_servable(self, body: GenerationRequest) -> None:
+        self._model.require(body.model)
+        _require_at_most(body.n or 1, self._max_n, "n", "choices per prompt")
+        _require_at_most(body.num_generated, self._max_n, "best_of", "choices per prompt")
+
+    def _encoder(self, body: CompletionRequest) -> Callable[[], list[list[int]]]:
+        add_special_tokens = body.add_special_tokens is not False
+        return lambda: [_encode_prompt(self._model.tokenizer, prompt, add_special_tokens) for prompt in body.prompts]
+
+    async def _submissions(
+        self, body: GenerationRequest, request_id: str, prompts: Sequence[list[int]], param: str, default: int
+    ) -> list[Submission]:
+        """One per prompt. ``param`` is where the prompts come from, ``default`` their ``max_tokens``."""
+        prompts = [prompt[-(body.truncate_prompt_tokens or 0) :] for prompt in prompts]
+        _require_tellable(body, sum(map(len, prompts)))
+        tokenizer = self._model.tokenizer
+        shape = await off_loop_if_large(text_size(body), LARGE_TEXT, lambda: sampling(body, tokenizer))
         ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
         return [
             Submission(
                 request_id=prompt_id,
                 prompt_token_ids=prompt,
-                params=self._params(body, body.token_limit, prompt, shape, "prompt", default=COMPLETIONS_MAX_TOKENS),
+                params=self._params(body, self._max_tokens(body, len(prompt), param, default), shape),
+                cache_salt=body.cache_salt or "",
+                priority=body.priority or 0,
+                skip_special_tokens=body.skip_special_tokens is not False,
+                prompt_only=body.token_limit == 0,
             )
             for prompt_id, prompt in zip(ids, prompts, strict=True)
         ]
 
-    def _require_servable(self, body: GenerationRequest) -> None:
-        self._model.require(body.model)
-        _require_at_most(body.n or 1, self._max_n, "n", "choices per prompt")
-        require_known(body.stop_token_ids or (), self._model.tokenizer, "stop_token_ids")
-
-    def _encoder(self, prompts: Sequence[str | list[int]]) -> Callable[[], list[list[int]]]:
-        return lambda: [_encode_prompt(self._model.tokenizer, prompt) for prompt in prompts]
-
-    async def _sampling(self, body: GenerationRequest) -> dict[str, Any]:
-        return await off_loop_if_large(text_size(body), LARGE_TEXT, lambda: sampling(body, self._model.tokenizer))
-
-    def _params(
-        self,
-        body: GenerationRequest,
-        max_tokens: int | None,
-        prompt: list[int],
-        shape: dict[str, Any],
-        param: str,
-        *,
-        default: int,
-    ) -> SamplingParams:
-        room = self._room(len(prompt), max_tokens, param)
+    def _params(self, body: GenerationRequest, max_tokens: int, shape: dict[str, Any]) -> SamplingParams:
+        seed = secrets.randbits(63) if body.seed is None else body.seed
         try:
-            return SamplingParams(
-                max_tokens=max_tokens or min(default, room),
-                seed=secrets.randbits(63) if body.seed is None else body.seed,
-                n=body.n or 1,
-                min_tokens=body.min_tokens or 0,
-                ignore_eos=bool(body.ignore_eos),
-                stop=body.stop_strings,
-                stop_token_ids=tuple(body.stop_token_ids or ()),
-                **shape,
-            )
+            params = SamplingParams(max_tokens=max_tokens, seed=seed, **shape)
         except SamplingParamsError as error:
             raise InvalidRequestError(f"{error}.", param=error.param) from error
+        require_plain_beams(body, params)
+        return params
+
+    def _max_tokens(self, body: GenerationRequest, num_prompt: int, param: str, default: int) -> int:
+        """What is asked for, or ``default`` as far as there is room; never 0. Raises ContextLengthExceeded."""
+        room = self._room(num_prompt, body.token_limit, param)
+        return min(default, room) if body.token_limit is None else max(1, body.token_limit)
 
     def _room(self, num_prompt: int, max_tokens: int | None, param: str) -> int:
         """Tokens that may be generated behind the prompt. Raises ContextLengthExceeded."""
@@ -122,14 +120,27 @@ def _as_template_sees_it(message: ChatMessage) -> dict[str, str]:
     return {"role": role, "content": message.text} | {name: value for name, value in optional.items() if value}
 
 
-def _encode_prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
+def _encode_prompt(tokenizer: Tokenizer, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
     if isinstance(prompt, str):
-        prompt = tokenizer.encode(prompt, add_special_tokens=True)
+        prompt = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
     else:
         require_known(prompt, tokenizer, "prompt")
     if not prompt:
         raise InvalidRequestError("'prompt' must hold at least one token.", param="prompt")
     return prompt
+
+
+def _require_tellable(body: GenerationRequest, num_prompt_tokens: int) -> None:
+    """Raises InvalidRequestError when the log probabilities of the prompts would be tens of megabytes."""
+    if body.num_prompt_logprobs is None:
+        return
+    count = num_prompt_tokens * body.num_generated * (1 + body.num_prompt_logprobs)
+    if count > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequestError(
+            f"'prompt_logprobs': {count} of them are asked for, over all prompts and choices, and at most "
+            f"{MAX_PROMPT_LOGPROBS} are given; ask for fewer alternatives, choices or prompts.",
+            param="prompt_logprobs" if body.prompt_logprobs is not None else "logprobs",
+        )
 
 
 def _require_at_most(count: int, limit: int, param: str, what: str) -> None:

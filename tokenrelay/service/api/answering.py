@@ -9,8 +9,8 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from tokenrelay.service.api.choices import Choices, Finished
-from tokenrelay.service.api.event_loop import client_gone, race
+from tokenrelay.service.api.choices import LARGE_LOGPROBS, Choices, Finished
+from tokenrelay.service.api.event_loop import client_gone, off_loop_if_large, race
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.schemas.request import GenerationRequest
 from tokenrelay.service.api.sse import ChunkFormat, EventStream
@@ -30,7 +30,16 @@ async def answer(
     if body.stream:
         return EventStream(choices, answer_format, api.generations, api.settings.keep_alive_seconds)
     try:
-        finished = await race(choices.finished(), client_gone(request.receive), api.generations.interruption())
+        finished = await race(
+            choices.finished(body.n or 1), client_gone(request.receive), api.generations.interruption()
+        )
     finally:
         await choices.close()
-    return Response(answer_format.answer(finished).model_dump_json(), media_type="application/json")
+    size = sum(output.num_entries for output in finished.outputs)
+    content = await off_loop_if_large(size, LARGE_LOGPROBS, lambda: _json(answer_format.answer(finished)))
+    return Response(content, media_type="application/json")
+
+
+def _json(answered: BaseModel) -> str:
+    """Only the fields that were set: what was not asked for is not mentioned."""
+    return answered.model_dump_json(exclude_unset=True)

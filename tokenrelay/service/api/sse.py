@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import NoReturn, Protocol
 
 import structlog
@@ -17,8 +18,8 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tokenrelay.service.api.choices import Choices, Step
-from tokenrelay.service.api.event_loop import ClientGone, client_gone, race
+from tokenrelay.service.api.choices import LARGE_LOGPROBS, Choices, Step
+from tokenrelay.service.api.event_loop import ClientGone, client_gone, off_loop_if_large, race
 from tokenrelay.service.api.generation import GenerationFailed, Generations
 from tokenrelay.service.api.schemas.errors import ErrorBody
 from tokenrelay.service.errors import ServiceError
@@ -33,7 +34,7 @@ log = structlog.get_logger()
 class ChunkFormat(Protocol):
     """How a route writes its chunks."""
 
-    def opening(self) -> Sequence[BaseModel]:
+    def opening(self, first: Step) -> Sequence[BaseModel]:
         """What comes before the first step's chunks."""
 
     def chunks(self, step: Step) -> Sequence[BaseModel]: ...
@@ -82,13 +83,18 @@ class EventStream(Response):
         return None
 
     async def _stream(self, send: Send) -> None:
-        opening = self._format.opening()
+        opened = False
         async with aclosing(self._choices.steps()) as steps:
             async for step in steps:
-                frames = [frame(chunk) for chunk in opening] + frames_of(self._format.chunks(step), step.index)
-                opening = ()
+                size = step.output.num_entries
+                frames = await off_loop_if_large(size, LARGE_LOGPROBS, partial(self._frames, step, opened))
+                opened = True
                 if frames:
                     await self._send(send, b"".join(frames))
+
+    def _frames(self, step: Step, opened: bool) -> list[bytes]:
+        opening = [] if opened else [frame(chunk) for chunk in self._format.opening(step)]
+        return opening + frames_of(self._format.chunks(step), step.index)
 
     async def _keep_alive(self, send: Send) -> NoReturn:
         clock = asyncio.get_running_loop().time

@@ -57,7 +57,7 @@ class EngineThread(threading.Thread):
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._unpublished = threading.BoundedSemaphore(MAX_UNPUBLISHED_STEPS)
         self._num_turns = 0
-        self._counted = (0, 0, 0)  # preemptions, prefix queries and hits already in the metrics
+        self._counted = (0,) * 5  # what is already in the metrics of the scheduler's counters
 
     # --- called from other threads --------------------------------------------------------------------------------
 
@@ -111,8 +111,9 @@ class EngineThread(threading.Thread):
         self._metrics.step_time.observe(time.perf_counter() - started)
         num_tokens = self._engine.scheduler.num_scheduled_tokens - before
         self._metrics.iteration_tokens.observe(num_tokens)
+        num_sampled = sum(len(output.token_ids) for output in outputs)
         self._metrics.prefill_tokens.inc(num_tokens - len(outputs))
-        self._metrics.decode_tokens.inc(len(outputs))
+        self._metrics.decode_tokens.inc(num_sampled)
         self._abort(self._processor.process(outputs))
 
     def _add(self, claim: Claim) -> None:
@@ -157,8 +158,20 @@ class EngineThread(threading.Thread):
         metrics.num_requests_running.set(state.num_running)
         metrics.num_requests_queued.set(state.num_waiting)
         metrics.kv_cache_usage.set(state.kv_cache_usage)
-        counted = (scheduler.num_preemptions, scheduler.num_prefix_queries, scheduler.num_prefix_hits)
-        counters = (metrics.num_preemptions, metrics.prefix_cache_queries, metrics.prefix_cache_hits)
+        counted = (
+            scheduler.num_preemptions,
+            scheduler.num_prefix_queries,
+            scheduler.num_prefix_hits,
+            scheduler.num_draft_tokens,
+            scheduler.num_accepted_tokens,
+        )
+        counters = (
+            metrics.num_preemptions,
+            metrics.prefix_cache_queries,
+            metrics.prefix_cache_hits,
+            metrics.draft_tokens,
+            metrics.accepted_tokens,
+        )
         for counter, now, before in zip(counters, counted, self._counted, strict=True):
             counter.inc(now - before)
         self._counted = counted

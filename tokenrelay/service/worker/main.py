@@ -44,7 +44,11 @@ def load_engine(source: ModelSource, settings: Settings) -> Engine:
         kv_cache_bytes=settings.kv_cache_mb << 20,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_prefill_tokens_beside_decodes=settings.max_prefill_tokens_beside_decodes,
         max_model_len=settings.max_model_len,
+        num_speculative_tokens=settings.num_speculative_tokens,
+        attention_sinks=settings.attention_sinks,
+        kv_cache_dtype=settings.kv_cache_dtype,
         enable_prefix_caching=settings.enable_prefix_caching,
     )
     _use_threads(settings.num_threads or len(os.sched_getaffinity(0)))

@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from tokenrelay.model.sampling_params import MAX_LOGPROBS
+from tokenrelay.service.api.schemas.logprobs import ChatLogprobs, PromptLogprobs
 from tokenrelay.service.api.schemas.not_built import IN_MESSAGES, ON_CHAT, Neutral
 from tokenrelay.service.api.schemas.request import GenerationRequest, RequestSchema
 from tokenrelay.service.api.schemas.usage import CompletionUsage
@@ -41,6 +43,10 @@ class ChatCompletionRequest(GenerationRequest):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
+    logprobs: bool | None = Field(None, description="Tell how likely the tokens are. Default false.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="And so many alternatives. Default 0. Only with logprobs=true."
+    )
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatCompletionRequest:
@@ -50,9 +56,19 @@ class ChatCompletionRequest(GenerationRequest):
             )
         return self
 
+    @model_validator(mode="after")
+    def _alternatives_to_something(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("no_logprobs", "is only allowed with logprobs=true", {"name": "top_logprobs"})
+        return self
+
     @property
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class AnswerMessage(BaseModel):
@@ -64,8 +80,9 @@ class AnswerMessage(BaseModel):
 class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -75,6 +92,8 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: CompletionUsage
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Delta(BaseModel):
@@ -87,14 +106,19 @@ class Delta(BaseModel):
 class ChunkChoice(BaseModel):
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletionChunk(BaseModel):
+    """What is told of the prompt comes with the first chunk."""
+
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
     choices: list[ChunkChoice]
     usage: CompletionUsage | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None

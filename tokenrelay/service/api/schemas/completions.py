@@ -6,6 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
+from tokenrelay.model.sampling_params import MAX_LOGPROBS
+from tokenrelay.service.api.schemas.logprobs import CompletionLogprobs, PromptLogprobs
 from tokenrelay.service.api.schemas.not_built import ON_COMPLETIONS, Neutral
 from tokenrelay.service.api.schemas.request import GenerationRequest
 from tokenrelay.service.api.schemas.usage import CompletionUsage
@@ -23,10 +25,21 @@ class CompletionRequest(GenerationRequest):
     prompt: str | Texts | TokenIds | TokenIdLists = Field(
         description="Text, token ids, or a list of either: one prompt each."
     )
+    echo: bool | None = Field(None, description="The text begins with the prompt's. Default false.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Tell how likely the tokens are, with so many alternatives."
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Put the model's first token before a prompt that is text. Default true."
+    )
 
     @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -39,10 +52,15 @@ class CompletionRequest(GenerationRequest):
 
 
 class CompletionChoice(BaseModel):
+    """In a stream, what is told of the prompt comes with the choice's first chunk."""
+
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: str | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):

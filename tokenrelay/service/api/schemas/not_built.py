@@ -12,7 +12,6 @@ from typing import Any
 Neutral = Mapping[str, tuple[Any, ...]]
 
 _OPENAI = {
-    "logprobs": (False,),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "prompt_cache_key": (),
@@ -20,14 +19,7 @@ _OPENAI = {
     "safety_identifier": (),
 }
 _VLLM = {
-    "length_penalty": (1,),
-    "use_beam_search": (False,),
-    "early_stopping": (False,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
     "logprob_token_ids": (),
     "logits_processors": (),
     "guided_json": (),
@@ -35,14 +27,9 @@ _VLLM = {
     "guided_choice": (),
     "guided_grammar": (),
     "structured_outputs": (),
-    "add_special_tokens": (),
-    "priority": (0,),
     "request_id": (),
-    "cache_salt": (),
     "kv_transfer_params": (),
     "vllm_xargs": ({},),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "repetition_detection": (),
     "prompt_embeds": (),
 }
@@ -54,7 +41,6 @@ _LLAMA_CPP = {
     "n_probs": (0,),
     "n_keep": (0,),
     "id_slot": (-1,),
-    "mirostat": (0,),
     "samplers": (),
     "t_max_predict_ms": (),
     "timings_per_token": (False,),
@@ -80,7 +66,6 @@ ON_CHAT: Neutral = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "top_logprobs": (0,),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -95,13 +80,12 @@ ON_CHAT: Neutral = {
     "continue_final_message": (False,),
     "documents": ([],),
     "mm_processor_kwargs": (),
+    "add_special_tokens": (False,),
     "echo": (False,),
 }
 
 ON_COMPLETIONS: Neutral = {
     **ON_BOTH_ROUTES,
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
 }

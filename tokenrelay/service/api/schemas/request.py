@@ -9,11 +9,14 @@ from pydantic_core import PydanticCustomError
 
 from tokenrelay.model.sampling_params import MAX_SEED
 from tokenrelay.service.api.schemas.not_built import IN_STREAM_OPTIONS, Neutral, asks_for_nothing
+from tokenrelay.service.api.schemas.output import OutputFields
 from tokenrelay.service.api.schemas.sampling import SamplingFields
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 256
+MAX_PRIORITY = 100  # either way: what the queue's order has room for
+MAX_SALT_CHARACTERS = 256
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
@@ -43,12 +46,13 @@ class StreamOptions(RequestSchema):
     include_usage: bool | None = Field(None, description="End the stream with a chunk that carries the usage.")
 
 
-class GenerationRequest(SamplingFields, RequestSchema):
+class GenerationRequest(SamplingFields, OutputFields, RequestSchema):
     """The parameters both routes share. A null is as good as a field left out."""
 
     model: str = Field(description="The served model's name, as in GET /v1/models.")
-    max_tokens: int | None = Field(None, ge=1, description="Most tokens to generate.")
-    n: int | None = Field(None, ge=1, description="Choices to generate. Default 1.")
+    max_tokens: int | None = Field(
+        None, ge=0, description="Most tokens to generate. 0 scores the prompt: only with echo or prompt_logprobs."
+    )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Equal seeds give equal tokens. Default: random.")
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = Field(
         None, description="Strings that end a choice; they are not part of the text."
@@ -58,10 +62,24 @@ class GenerationRequest(SamplingFields, RequestSchema):
     )
     min_tokens: int | None = Field(None, ge=0, description="Tokens before an end may come. Default 0.")
     ignore_eos: bool | None = Field(None, description="Go on after the end-of-sequence token. Default false.")
+    truncate_prompt_tokens: int | None = Field(None, ge=1, description="Use only so many last tokens of the prompt.")
+    priority: int | None = Field(
+        None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Lower is served sooner. Default 0."
+    )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_SALT_CHARACTERS,
+        description="Cached prefixes are shared only with requests of the same salt.",
+    )
     stream: bool | None = Field(None, description="Answer as server-sent events. Default false.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream=true.")
     user: str | None = Field(None, description="Your end user; has no effect here.")
     metadata: dict[str, str] | None = Field(None, description="Your notes; have no effect here.")
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
 
     @property
     def include_usage(self) -> bool:
@@ -72,7 +90,19 @@ class GenerationRequest(SamplingFields, RequestSchema):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> GenerationRequest:
+    def _stream_fits(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("needs_stream", "is only allowed with stream=true", {"name": "stream_options"})
+        if self.stream and self.num_generated > (self.n or 1):
+            raise PydanticCustomError("no_stream", "above n is not allowed with stream=true", {"name": "best_of"})
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_to_generate(self) -> GenerationRequest:
+        if self.max_tokens == 0 and not self.echoes and self.prompt_logprobs is None:
+            raise PydanticCustomError(
+                "nothing_asked", "0 is only allowed with echo or prompt_logprobs", {"name": "max_tokens"}
+            )
+        if self.max_tokens == 0 and self.min_tokens:
+            raise PydanticCustomError("min_above_max", "must be between 0 and max_tokens", {"name": "min_tokens"})
         return self

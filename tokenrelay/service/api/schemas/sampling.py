@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -43,6 +43,9 @@ class SamplingFields(BaseModel):
     xtc_threshold: float | None = Field(None, ge=0, le=1, description="Default 0.1.")
     dynatemp_range: float | None = Field(None, ge=0, le=100, description="Default 0: off.")
     dynatemp_exponent: float | None = Field(None, gt=0, le=100, description="Default 1.")
+    mirostat: Literal[0, 2] | None = Field(None, description="2: Mirostat 2.0, instead of truncations. Default 0: off.")
+    mirostat_tau: float | None = Field(None, gt=0, le=100, description="Surprise to aim at, in bits. Default 5.")
+    mirostat_eta: float | None = Field(None, ge=0, le=1, description="How fast the aim is corrected. Default 0.1.")
     repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="Over all tokens. Default 1: off.")
     repeat_penalty: float | None = Field(None, ge=0.01, le=100, description="llama.cpp's name of repetition_penalty.")
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="Over the output. Default 0: off.")
