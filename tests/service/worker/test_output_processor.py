@@ -70,7 +70,7 @@ def run(processor: OutputProcessor, steps: Sequence[StepOutput], behind: int = 0
     """Feed steps as the engine would; stops when the text does. ``behind`` so many events of the log."""
     events: list[Event] = []
     for output in steps:
-        stopped = processor.process([output])
+        stopped = processor.process([output]).abort
         for publication in processor.take_publications():
             assert publication.index == behind + len(events) + 1
             events += publication.events

@@ -29,7 +29,7 @@ async def test_a_fault_in_a_loop_ends_the_worker() -> None:
     broken: Any = _Broken()
     processor = OutputProcessor(broken)
     metrics = WorkerMetrics(CollectorRegistry(), "m")
-    worker = Worker(engine, processor, broken, broken, broken, metrics, Settings(), "m")
+    worker = Worker(engine, processor, broken, broken, broken, broken, metrics, Settings(), "m")
     with pytest.raises(ZeroDivisionError):
         async with asyncio.timeout(10):
             await worker.run()

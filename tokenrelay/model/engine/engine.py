@@ -91,6 +91,10 @@ class Engine:
         )
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return self.scheduler.eos_token_ids
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 

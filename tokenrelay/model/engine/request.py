@@ -11,7 +11,7 @@ from tokenrelay.model.engine.speculation import PromptLookup
 from tokenrelay.model.sampling_params import FinishReason, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:  # an engine without grammars does not load their library
-    from tokenrelay.model.structured import Constraint
+    from tokenrelay.model.structured.constraint import Constraint
 
 
 class Request:

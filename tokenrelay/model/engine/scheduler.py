@@ -53,7 +53,7 @@ class Scheduler:
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0  # of the drafts
         self._max_model_len = max_model_len
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = frozenset(eos_token_ids)
 
     @property
     def has_work(self) -> bool:
@@ -230,7 +230,7 @@ class Scheduler:
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.params
-        ends = token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos)
+        ends = token_id in params.stop_token_ids or (token_id in self.eos_token_ids and not params.ignore_eos)
         if ends and request.num_output_tokens >= params.min_tokens:
             return FinishReason.STOP
         if request.num_output_tokens >= params.max_tokens or request.num_tokens >= self._max_model_len:

@@ -12,12 +12,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tokenrelay.model.engine.engine import Engine
-from tokenrelay.service.errors import ContextLengthExceeded
+from tokenrelay.model.engine.step import StepOutput
+from tokenrelay.model.structured.compiler import CompiledGrammar
+from tokenrelay.model.structured.constraint import Constraint
+from tokenrelay.service.errors import ContextLengthExceeded, InvalidGrammar
 from tokenrelay.service.messages import Error
 from tokenrelay.service.metrics import WorkerMetrics
 from tokenrelay.service.queue import Claim
 from tokenrelay.service.token_log import Publication
-from tokenrelay.service.worker.output_processor import OutputProcessor
+from tokenrelay.service.worker.output_processor import OutputProcessor, split_engine_id
 
 MAX_UNPUBLISHED_STEPS = 32  # about a second of tokens: the broker may hiccup, memory may not grow
 IDLE_SECONDS = 0.25  # an idle engine turns over this often, to show that it lives
@@ -56,13 +59,19 @@ class EngineThread(threading.Thread):
         self._on_death = on_death
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._unpublished = threading.BoundedSemaphore(MAX_UNPUBLISHED_STEPS)
+        self._constraints: dict[str, Constraint] = {}  # by engine id, while the request runs
         self._num_turns = 0
         self._counted = (0,) * 5  # what is already in the metrics of the scheduler's counters
 
     # --- called from other threads --------------------------------------------------------------------------------
 
-    def add(self, claim: Claim) -> None:
-        self._commands.put(lambda: self._add(claim))
+    def add(self, claim: Claim, grammar: CompiledGrammar | None = None) -> None:
+        """``grammar`` is the submission's, compiled."""
+        self._commands.put(lambda: self._add(claim, grammar))
+
+    def refuse(self, claim: Claim, error: Error) -> None:
+        """End the request with an error, nothing of it computed."""
+        self._commands.put(lambda: self._refuse(claim, error))
 
     def cancel(self, request_id: str) -> None:
         """End the request with a terminal event, its blocks free before the next step."""
@@ -114,23 +123,50 @@ class EngineThread(threading.Thread):
         num_sampled = sum(len(output.token_ids) for output in outputs)
         self._metrics.prefill_tokens.inc(num_tokens - len(outputs))
         self._metrics.decode_tokens.inc(num_sampled)
-        self._abort(self._processor.process(outputs))
+        work = self._processor.process(self._without_failed(outputs))
+        self._abort(work.abort)
+        for request in work.add:
+            self._engine.add(request)
 
-    def _add(self, claim: Claim) -> None:
+    def _add(self, claim: Claim, grammar: CompiledGrammar | None) -> None:
         """A request that does not fit this engine's context fails alone: it must not end the engine."""
         request_id = claim.submission.request_id
         self._abort(self._processor.drop(request_id))  # lost, and won again before that was noticed
-        for request in self._processor.begin(claim):
+        for request in self._processor.begin(claim, grammar):
             try:
                 self._engine.add(request)
             except ValueError as error:
                 failure = Error(message=f"{error}.", code=ContextLengthExceeded.code, status=400)
                 self._abort(self._processor.fail(request_id, failure))
                 return
+            if request.constraint is not None:
+                self._constraints[request.request_id] = request.constraint
+
+    def _refuse(self, claim: Claim, error: Error) -> None:
+        request_id = claim.submission.request_id
+        self._abort(self._processor.drop(request_id))
+        self._processor.begin(claim)
+        self._processor.fail(request_id, error)
+
+    def _without_failed(self, outputs: Sequence[StepOutput]) -> list[StepOutput]:
+        """A grammar that cannot be followed any further ends its request with an error, whatever the step gave it."""
+        failed = set()
+        for engine_request_id, constraint in list(self._constraints.items()):
+            if constraint.error:
+                request_id, _ = split_engine_id(engine_request_id)
+                failed.add(request_id)
+                message = f"The grammar cannot be followed any further: {constraint.error}."
+                failure = Error(message=message, code=InvalidGrammar.code, status=InvalidGrammar.status)
+                self._abort([engine_request_id, *self._processor.fail(request_id, failure)])
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._constraints.pop(output.request_id, None)
+        return [output for output in outputs if split_engine_id(output.request_id)[0] not in failed]
 
     def _abort(self, engine_ids: Sequence[str]) -> None:
         for engine_request_id in engine_ids:
             self._engine.abort(engine_request_id)
+            self._constraints.pop(engine_request_id, None)
 
     def _hand_out(self) -> None:
         self._note_state()

@@ -13,9 +13,10 @@ from prometheus_client import start_http_server
 
 from tokenrelay.model.config import EngineConfig
 from tokenrelay.model.engine.engine import Engine
+from tokenrelay.model.structured.compiler import GrammarCompiler
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.model.transformer.kernels import native
-from tokenrelay.model.weights import ModelSource, resolve
+from tokenrelay.model.weights import ModelSource, read_model_config, resolve
 from tokenrelay.service.broker import connect
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.metrics import WorkerMetrics, new_registry
@@ -35,7 +36,9 @@ def run_worker(settings: Settings) -> None:
     started = time.perf_counter()
     engine = load_engine(source, settings)
     log.info("model loaded", model=source.name, seconds=round(time.perf_counter() - started, 2))
-    asyncio.run(_serve(engine, Tokenizer.from_source(source), settings, settings.served_model_name or source.name))
+    tokenizer = Tokenizer.from_source(source)
+    compiler = GrammarCompiler(tokenizer, vocab_size=read_model_config(source).vocab_size)
+    asyncio.run(_serve(engine, tokenizer, compiler, settings, settings.served_model_name or source.name))
 
 
 def load_engine(source: ModelSource, settings: Settings) -> Engine:
@@ -66,7 +69,9 @@ def _use_threads(num_threads: int) -> None:
         log.warning("no native kernels", reason=native.why_unavailable())
 
 
-async def _serve(engine: Engine, tokenizer: Tokenizer, settings: Settings, model: str) -> None:
+async def _serve(
+    engine: Engine, tokenizer: Tokenizer, compiler: GrammarCompiler, settings: Settings, model: str
+) -> None:
     keys = Keys(model)
     redis = connect(settings.redis_url)
     metrics = WorkerMetrics(new_registry(), model)
@@ -74,7 +79,8 @@ async def _serve(engine: Engine, tokenizer: Tokenizer, settings: Settings, model
     server, _ = start_http_server(settings.worker_metrics_port, settings.host, registry=metrics.registry)
     worker = Worker(
         engine,
-        OutputProcessor(tokenizer),
+        OutputProcessor(tokenizer, engine.eos_token_ids),
+        compiler,
         Queue(redis, keys, settings),
         TokenLog(redis, keys, settings),
         Registry(redis, keys, settings),

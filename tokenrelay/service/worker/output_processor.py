@@ -7,103 +7,41 @@ All of its state can be rebuilt from the events already in the log: that is how 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import msgspec
 
-from tokenrelay.model.detokenizer import IncrementalDetokenizer, TokenBytes
+from tokenrelay.model.detokenizer import TokenBytes
+from tokenrelay.model.engine.beam_search import BeamSearch, Hypothesis
 from tokenrelay.model.engine.request import Request
 from tokenrelay.model.engine.step import StepOutput
-from tokenrelay.model.sampling_params import MAX_SEED, FinishReason
+from tokenrelay.model.sampling_params import MAX_SEED, FinishReason, SamplingParams
+from tokenrelay.model.structured.compiler import CompiledGrammar
+from tokenrelay.model.structured.constraint import Constraint
 from tokenrelay.service.messages import Error, Event, Submission, Usage
 from tokenrelay.service.queue import Claim
 from tokenrelay.service.token_log import Publication
-from tokenrelay.service.worker.stop_strings import StopStringMatcher
+from tokenrelay.service.worker.choice import Choice
 
 
-class _Choice:
-    """One of a request's n continuations: its ids so far, and the text not yet shown."""
+class EngineWork(NamedTuple):
+    """What the engine must do before its next step: forget these requests, take those."""
 
-    def __init__(self, index: int, submission: Submission, tokenizer: TokenBytes) -> None:
-        params = submission.params
-        self.index = index
-        self.token_ids: list[int] = []
-        self.mirostat_mu: float | None = None
-        self.finish_reason: str | None = None
-        self._submission = submission
-        self._detokenizer = IncrementalDetokenizer(
-            tokenizer, submission.prompt_tail, skip_special_tokens=submission.skip_special_tokens
-        )
-        self._matcher = StopStringMatcher(params.stop, include=params.include_stop_str_in_output)
-
-    @property
-    def untouched(self) -> bool:
-        """Nothing has come of it yet."""
-        return not self.token_ids and self.finish_reason is None
-
-    def extend(self, output: StepOutput) -> Event:
-        """The event of a step. The token that ends the choice is the last, whatever was computed behind it."""
-        if self._submission.prompt_only:
-            self.finish_reason = FinishReason.LENGTH
-            return Event(
-                choice=self.index, prompt_logprobs=list(output.prompt_logprobs), finish_reason=self.finish_reason
-            )
-        num_before = len(self.token_ids)
-        text = self._append_all(output.token_ids, output.finish_reason)
-        token_ids = self.token_ids[num_before:]
-        return Event(
-            choice=self.index,
-            token_ids=token_ids,
-            text=text,
-            logprobs=list(output.logprobs[: len(token_ids)]),
-            prompt_logprobs=list(output.prompt_logprobs),
-            mirostat_mu=output.mirostat_mu,
-            finish_reason=self.finish_reason,
-        )
-
-    def replay(self, event: Event) -> None:
-        """Take over what another worker emitted; its text is already in the log."""
-        for token_id in event.token_ids:
-            self._append(token_id, None)
-        if event.mirostat_mu is not None:
-            self.mirostat_mu = event.mirostat_mu
-        self.finish_reason = event.finish_reason
-
-    def _append_all(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> str:
-        """One by one, so that several at once give the text that they would give alone."""
-        text = ""
-        for i, token_id in enumerate(token_ids, 1):
-            text += self._append(token_id, finish_reason if i == len(token_ids) else None)
-            if self.finish_reason is not None:
-                break
-        return text
-
-    def _append(self, token_id: int, finish_reason: FinishReason | None) -> str:
-        """What may be shown now. ``finish_reason`` on it is final: the engine's, or a stop string's."""
-        self.token_ids.append(token_id)
-        may_stop = len(self.token_ids) >= self._submission.params.min_tokens
-        matched = self._matcher.append(self._decode(token_id, finish_reason), may_stop=may_stop)
-        self.finish_reason = FinishReason.STOP if matched.stopped else finish_reason
-        if finish_reason is None or matched.stopped:
-            return matched.text
-        return matched.text + self._matcher.flush()
-
-    def _decode(self, token_id: int, finish_reason: FinishReason | None) -> str:
-        """A token that stops is not text, unless asked for; what was incomplete at the end is shown as it is."""
-        is_text = finish_reason is not FinishReason.STOP or self._submission.params.include_stop_str_in_output
-        text = self._detokenizer.append([token_id]) if is_text else ""
-        return text if finish_reason is None else text + self._detokenizer.flush()
+    abort: list[str]
+    add: list[Request]
 
 
 @dataclass(slots=True)
 class _Running:
-    """A claimed request."""
+    """A claimed request. A ``search`` makes its choices all at once, at the end."""
 
     submission: Submission
     epoch: int
     next_index: int
-    choices: list[_Choice]
+    choices: list[Choice]
+    search: BeamSearch | None = None
     cached_tokens: int = 0
     events: list[Event] = field(default_factory=list)  # not yet handed out
 
@@ -124,6 +62,22 @@ class _Running:
             cached_tokens=self.cached_tokens,
         )
 
+    @property
+    def engine_ids(self) -> list[str]:
+        """Of what the engine computes for it."""
+        if self.search is not None:
+            return self.search.request_ids
+        return [engine_id(self.submission.request_id, c.index) for c in self.choices if c.finish_reason is None]
+
+    def take_hypotheses(self) -> None:
+        """The end of a search, the best choice first. There may be fewer than asked for: the rest is empty."""
+        assert self.search is not None
+        nothing = Hypothesis((), 0.0, FinishReason.STOP)
+        found = [*(self.search.hypotheses or ()), *[nothing] * len(self.choices)]
+        self.cached_tokens = self.search.num_cached_tokens
+        for choice, hypothesis in zip(self.choices, found, strict=False):
+            self.events.append(choice.extend(StepOutput("", hypothesis.token_ids, hypothesis.finish_reason)))
+
     def extend(self, output: StepOutput, choice_index: int) -> Event:
         self.cached_tokens = max(self.cached_tokens, output.num_cached_tokens)
         event = self.choices[choice_index].extend(output)
@@ -134,8 +88,9 @@ class _Running:
 class OutputProcessor:
     """Holds every claimed request of this worker."""
 
-    def __init__(self, tokenizer: TokenBytes) -> None:
+    def __init__(self, tokenizer: TokenBytes, eos_token_ids: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
         self._running: dict[str, _Running] = {}
 
     @property
@@ -143,37 +98,48 @@ class OutputProcessor:
         """Sequences that are still being generated."""
         return sum(c.finish_reason is None for running in self._running.values() for c in running.choices)
 
-    def begin(self, claim: Claim) -> list[Request]:
+    def begin(self, claim: Claim, grammar: CompiledGrammar | None = None) -> list[Request]:
         """The engine requests of a claim: one per choice that the log does not show as ended."""
         submission = claim.submission
-        choices = [_Choice(index, submission, self._tokenizer) for index in range(submission.params.n)]
+        choices = [Choice(index, submission, self._tokenizer) for index in range(submission.params.n)]
         for event in claim.log:
             choices[event.choice].replay(event)
-        self._running[submission.request_id] = _Running(
-            submission, claim.epoch, next_index=len(claim.log) + 1, choices=choices
-        )
-        return [_engine_request(submission, choice) for choice in choices if choice.finish_reason is None]
+        running = _Running(submission, claim.epoch, next_index=len(claim.log) + 1, choices=choices)
+        self._running[submission.request_id] = running
+        if submission.params.beam_width and not running.finished:
+            running.search = BeamSearch(
+                _engine_request(submission, submission.request_id, submission.params), self._eos_token_ids
+            )
+            return running.search.start()
+        return [_choice_request(submission, choice, grammar) for choice in choices if choice.finish_reason is None]
 
-    def process(self, outputs: Iterable[StepOutput]) -> list[str]:
-        """Turn a step's tokens into events. Returns engine ids to abort: their text hit a stop string."""
-        stopped = []
+    def process(self, outputs: Iterable[StepOutput]) -> EngineWork:
+        """Turn a step's tokens into events. To be aborted is whose text hit a stop string; to be added, a next beam."""
+        work = EngineWork([], [])
         for output in outputs:
             request_id, choice_index = split_engine_id(output.request_id)
-            event = self._running[request_id].extend(output, choice_index)
+            running = self._running[request_id]
+            if running.search is not None:
+                work.add.extend(running.search.process(output))
+                if running.search.hypotheses is not None:
+                    running.take_hypotheses()
+                continue
+            event = running.extend(output, choice_index)
             if event.finish_reason is not None and output.finish_reason is None:
-                stopped.append(output.request_id)
-        return stopped
+                work.abort.append(output.request_id)
+        return work
 
     def cancel(self, request_id: str) -> list[str]:
         """End a request early. Returns the engine ids to abort."""
         running = self._running.get(request_id)
         if running is None:
             return []
-        open_choices = [choice for choice in running.choices if choice.finish_reason is None]
-        for choice in open_choices:
-            choice.finish_reason = FinishReason.CANCELLED
-            running.events.append(Event(choice=choice.index, finish_reason=FinishReason.CANCELLED))
-        return [engine_id(request_id, choice.index) for choice in open_choices]
+        engine_ids = running.engine_ids
+        for choice in running.choices:
+            if choice.finish_reason is None:
+                choice.finish_reason = FinishReason.CANCELLED
+                running.events.append(Event(choice=choice.index, finish_reason=FinishReason.CANCELLED))
+        return engine_ids
 
     def fail(self, request_id: str, error: Error) -> list[str]:
         """End a request with an error. Returns the engine ids to abort."""
@@ -185,7 +151,7 @@ class OutputProcessor:
     def drop(self, request_id: str) -> list[str]:
         """Forget a request that another worker owns now. Returns the engine ids to abort."""
         running = self._running.pop(request_id, None)
-        return [engine_id(request_id, choice.index) for choice in running.choices] if running else []
+        return running.engine_ids if running else []
 
     def take_publications(self) -> list[Publication]:
         """Everything not yet published; a request that ended closes with its terminal event and is forgotten."""
@@ -217,7 +183,7 @@ def split_engine_id(engine_request_id: str) -> tuple[str, int]:
     return request_id, int(choice)
 
 
-def _engine_request(submission: Submission, choice: _Choice) -> Request:
+def _choice_request(submission: Submission, choice: Choice, grammar: CompiledGrammar | None) -> Request:
     params = submission.params
     params = replace(
         params,
@@ -225,14 +191,26 @@ def _engine_request(submission: Submission, choice: _Choice) -> Request:
         seed=choice_seed(params.seed, choice.index),
         prompt_logprobs=params.prompt_logprobs if choice.index == 0 else None,  # the prompt is the same for all
     )
+    constraint = None if grammar is None else grammar.constraint()
+    return _engine_request(submission, engine_id(submission.request_id, choice.index), params, choice, constraint)
+
+
+def _engine_request(
+    submission: Submission,
+    request_id: str,
+    params: SamplingParams,
+    so_far: Choice | None = None,
+    constraint: Constraint | None = None,
+) -> Request:
     return Request(
-        engine_id(submission.request_id, choice.index),
+        request_id,
         submission.prompt_token_ids,
         params,
-        output_token_ids=choice.token_ids,
+        output_token_ids=so_far.token_ids if so_far else (),
         cache_salt=prefix_cache_salt(submission),
         priority=submission.priority,
-        mirostat_mu=choice.mirostat_mu,
+        constraint=constraint,
+        mirostat_mu=so_far.mirostat_mu if so_far else None,
     )
 
 
