@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
+MAX_STREAMING_LEN = 2**20  # tokens of one sequence when attention sinks let it outgrow the context
 
 
 class UnsupportedModelError(ValueError):

@@ -34,10 +34,12 @@ app = typer.Typer(
 
 _MODEL = ("model", "served_model_name", "cache_dir")
 _BROKER = ("redis_url", "lease_seconds", "max_attempts", "retention_seconds", "drain_seconds", "log_level")
-_HTTP = ("host", "port", "max_waiting", "max_body_bytes", "max_n", "keep_alive_seconds", "max_model_len")
+_LIMITS = ("max_model_len", "attention_sinks")
+_HTTP = ("host", "port", "max_waiting", "max_body_bytes", "max_n", "keep_alive_seconds")
 _ENGINE = (
-    *("worker_metrics_port", "device", "dtype", "num_threads", "kv_cache_mb"),
-    *("max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching"),
+    *("worker_metrics_port", "device", "dtype", "num_threads", "kv_cache_mb", "kv_cache_dtype"),
+    *("max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decodes"),
+    *("num_speculative_tokens", "enable_prefix_caching"),
 )
 _EMBEDDED = ("data_dir", "broker_memory_mb")
 
@@ -81,7 +83,7 @@ def _settings(options: dict[str, Any]) -> Settings:
 
 
 @app.command()
-@_with_settings(*_MODEL, *_HTTP, *_ENGINE, *_BROKER, *_EMBEDDED)
+@_with_settings(*_MODEL, *_LIMITS, *_HTTP, *_ENGINE, *_BROKER, *_EMBEDDED)
 def serve(settings: Settings) -> None:
     """Run everything on this machine: an embedded Valkey, the API and one model worker.
 
@@ -94,7 +96,7 @@ def serve(settings: Settings) -> None:
 
 
 @app.command()
-@_with_settings(*_MODEL, *_HTTP, *_BROKER)
+@_with_settings(*_MODEL, *_LIMITS, *_HTTP, *_BROKER)
 def api(
     settings: Settings,
     fd: Annotated[int, typer.Option(help="Listen on this inherited socket instead of host and port.")] = -1,
@@ -108,7 +110,7 @@ def api(
 
 
 @app.command()
-@_with_settings(*_MODEL, "host", "max_model_len", *_ENGINE, *_BROKER)
+@_with_settings(*_MODEL, *_LIMITS, "host", *_ENGINE, *_BROKER)
 def worker(settings: Settings) -> None:
     """Run one model worker against `--redis-url`: one per GPU, or one per machine on CPUs."""
     from tokenrelay.service.worker.main import run_worker

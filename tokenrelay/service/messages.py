@@ -51,6 +51,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    forgotten_tokens: int = 0  # of the longest choice: too far back for attention to see any more
 
 
 class Error(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

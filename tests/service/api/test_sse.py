@@ -132,7 +132,7 @@ async def test_a_client_that_reads_nothing_is_given_up(
     choices, request = _OneStep(), CompletionRequest(model="m", prompt="p")
     submission = Submission(request_id="id", prompt_token_ids=[5], params=SamplingParams(max_tokens=1))
     chunks = CompletionFormat(request, [submission], loaded_model.tokenizer, "id")
-    stream = EventStream(choices, chunks, Generations(*[Mock()] * 3), keep_alive_seconds=60)
+    stream = EventStream(choices, chunks, Generations(*[Mock()] * 3), keep_alive_seconds=60, headers={})
 
     async def blocked(message: Message) -> None:
         if message["type"] == "http.response.body":

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from tokenrelay.model.config import DType, EngineConfig, ModelConfig
+from tokenrelay.model.config import MAX_STREAMING_LEN, DType, EngineConfig, ModelConfig
 from tokenrelay.model.engine.block_tables import Window
 from tokenrelay.model.engine.model_runner import ModelRunner
 from tokenrelay.model.engine.request import Request
@@ -18,8 +18,6 @@ from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_b
 from tokenrelay.model.transformer.loading import load_transformer
 from tokenrelay.model.weights import resolve
 from tokenrelay.model.weights.checkpoint import Checkpoint, open_checkpoint
-
-MAX_STREAMING_LEN = 2**20  # tokens of one sequence when attention sinks let it outgrow the context
 
 
 class Engine:
@@ -93,6 +91,12 @@ class Engine:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         return self.scheduler.eos_token_ids
+
+    @property
+    def streaming_context(self) -> int:
+        """Tokens that attention sees when sequences may outgrow it (attention sinks); else 0."""
+        window = self.scheduler.window
+        return window.size + window.num_sinks if window.num_sinks else 0
 
     @property
     def has_work(self) -> bool:

@@ -27,8 +27,9 @@ async def answer(
     """Queue, then answer: a refusal is a proper HTTP status, since no response has begun."""
     api: ApiProcess = request.app.state.api
     choices = await Choices.start(api.generations, submissions)
+    sinks = {"X-Attention-Sinks": str(api.settings.attention_sinks)} if api.settings.attention_sinks else {}
     if body.stream:
-        return EventStream(choices, answer_format, api.generations, api.settings.keep_alive_seconds)
+        return EventStream(choices, answer_format, api.generations, api.settings.keep_alive_seconds, sinks)
     try:
         finished = await race(
             choices.finished(body.n or 1), client_gone(request.receive), api.generations.interruption()
@@ -37,7 +38,7 @@ async def answer(
         await choices.close()
     size = sum(output.num_entries for output in finished.outputs)
     content = await off_loop_if_large(size, LARGE_LOGPROBS, lambda: _json(answer_format.answer(finished)))
-    return Response(content, media_type="application/json")
+    return Response(content, media_type="application/json", headers=sinks)
 
 
 def _json(answered: BaseModel) -> str:

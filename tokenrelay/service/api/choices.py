@@ -177,9 +177,11 @@ async def _interleaved(generations: Sequence[Generation]) -> AsyncGenerator[tupl
 def _total(usages: Sequence[Usage]) -> CompletionUsage:
     prompt = sum(usage.prompt_tokens for usage in usages)
     completion = sum(usage.completion_tokens for usage in usages)
+    forgotten = max((usage.forgotten_tokens for usage in usages), default=0)
     return CompletionUsage(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(usage.cached_tokens for usage in usages)),
+        **({"forgotten_tokens": forgotten} if forgotten else {}),
     )

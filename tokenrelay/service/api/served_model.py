@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from tokenrelay.model.config import MAX_STREAMING_LEN
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.model.weights import read_model_config, resolve
 from tokenrelay.service.api.schemas.models import ModelCard
@@ -16,7 +17,8 @@ from tokenrelay.service.settings import Settings
 class ServedModel:
     name: str
     tokenizer: Tokenizer
-    max_model_len: int
+    max_model_len: int  # of prompt and output
+    context: int  # tokens that attention sees at once: less than that, if sequences may outgrow it
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -37,8 +39,10 @@ def load_served_model(settings: Settings) -> ServedModel:
     """Resolve the setting ``model`` and read its tokenizer and its limits."""
     source = resolve(settings.model, cache_dir=settings.cache_dir)
     limit = read_model_config(source).max_position_embeddings
+    context = min(limit, settings.max_model_len or limit)
     return ServedModel(
         name=settings.served_model_name or source.name,
         tokenizer=Tokenizer.from_source(source),
-        max_model_len=min(limit, settings.max_model_len or limit),
+        max_model_len=MAX_STREAMING_LEN if settings.attention_sinks else context,
+        context=context,
     )

@@ -7,7 +7,7 @@ chunks' own or one error object, then ``[DONE]``. A client that goes away ends i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import NoReturn, Protocol
@@ -46,11 +46,16 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, choices: Choices, chunk_format: ChunkFormat, generations: Generations, keep_alive_seconds: float
+        self,
+        choices: Choices,
+        chunk_format: ChunkFormat,
+        generations: Generations,
+        keep_alive_seconds: float,
+        headers: Mapping[str, str],
     ) -> None:
         self.status_code = 200
         self.background = None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         self._choices = choices
         self._format = chunk_format
         self._generations = generations

@@ -79,7 +79,7 @@ async def _serve(
     server, _ = start_http_server(settings.worker_metrics_port, settings.host, registry=metrics.registry)
     worker = Worker(
         engine,
-        OutputProcessor(tokenizer, engine.eos_token_ids),
+        OutputProcessor(tokenizer, engine.eos_token_ids, engine.streaming_context),
         compiler,
         Queue(redis, keys, settings),
         TokenLog(redis, keys, settings),

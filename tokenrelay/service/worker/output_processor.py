@@ -41,6 +41,7 @@ class _Running:
     epoch: int
     next_index: int
     choices: list[Choice]
+    context: int = 0  # tokens that attention sees, if sequences may outgrow it
     search: BeamSearch | None = None
     cached_tokens: int = 0
     events: list[Event] = field(default_factory=list)  # not yet handed out
@@ -56,10 +57,13 @@ class _Running:
 
     @property
     def usage(self) -> Usage:
+        num_prompt_tokens = len(self.submission.prompt_token_ids)
+        num_tokens = num_prompt_tokens + max(len(choice.token_ids) for choice in self.choices)
         return Usage(
-            prompt_tokens=len(self.submission.prompt_token_ids),
+            prompt_tokens=num_prompt_tokens,
             completion_tokens=sum(len(choice.token_ids) for choice in self.choices),
             cached_tokens=self.cached_tokens,
+            forgotten_tokens=max(0, num_tokens - self.context) if self.context else 0,
         )
 
     @property
@@ -88,8 +92,10 @@ class _Running:
 class OutputProcessor:
     """Holds every claimed request of this worker."""
 
-    def __init__(self, tokenizer: TokenBytes, eos_token_ids: Collection[int] = ()) -> None:
+    def __init__(self, tokenizer: TokenBytes, eos_token_ids: Collection[int] = (), context: int = 0) -> None:
+        """``context``: tokens that attention sees, if sequences may outgrow it."""
         self._tokenizer = tokenizer
+        self._context = context
         self._eos_token_ids = eos_token_ids
         self._running: dict[str, _Running] = {}
 
@@ -104,7 +110,7 @@ class OutputProcessor:
         choices = [Choice(index, submission, self._tokenizer) for index in range(submission.params.n)]
         for event in claim.log:
             choices[event.choice].replay(event)
-        running = _Running(submission, claim.epoch, next_index=len(claim.log) + 1, choices=choices)
+        running = _Running(submission, claim.epoch, len(claim.log) + 1, choices, self._context)
         self._running[submission.request_id] = running
         if submission.params.beam_width and not running.finished:
             running.search = BeamSearch(
