@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 NATIVE := $(wildcard tokenrelay/model/transformer/kernels/cpp/*)
 
-.PHONY: serve test test-long lint types bench bench-kernels clean
+.PHONY: serve test test-long lint types bench bench-kernels bench-stall clean
 
 serve: $(VENV)/.installed ## start everything on this machine; SERVE="--port 9000" passes options
 	$(BIN)/tokenrelay serve $(SERVE)
@@ -23,10 +23,13 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench-kernels: $(VENV)/.installed ## speed of each kernel and its share of the machine's limit
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python -m benchmarks.kernels
 
 bench: $(VENV)/.installed-dev ## throughput and latencies of a running server: BENCH="http://127.0.0.1:8000 --clients 16"
-	$(BIN)/python benchmarks/serving.py $(BENCH)
+	$(BIN)/python -m benchmarks.serving $(BENCH)
+
+bench-stall: $(VENV)/.installed-dev ## how long streams stand still beside a long prompt: BENCH="http://127.0.0.1:8000"
+	$(BIN)/python -m benchmarks.stall $(BENCH)
 
 $(VENV)/.installed: pyproject.toml setup.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)

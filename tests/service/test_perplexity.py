@@ -57,6 +57,7 @@ def test_an_int8_cache_costs_little_perplexity(smollm2_path: Path, tmp_path: Pat
     token_ids = Tokenizer.from_source(resolve(str(smollm2_path))).encode(TEXT, add_special_tokens=False)
     found = {}
     for kind in ("auto", "int8"):
+        (tmp_path / kind).mkdir()
         with RunningService(tmp_path / kind, kv_cache_dtype=kind) as service:
             found[kind] = perplexity_of(service, token_ids)
     print(found)
