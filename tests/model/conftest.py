@@ -1,10 +1,11 @@
-"""The native kernels may use every core, as in a worker."""
+"""The native kernels may use every core and torch one thread, as in a worker: two pools fight for the cores."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+import torch
 
 from tokenrelay.model.transformer.kernels import native
 
@@ -13,3 +14,4 @@ from tokenrelay.model.transformer.kernels import native
 def _all_cores() -> None:
     if native.is_available():
         native.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(1)

@@ -145,7 +145,7 @@ def rotate_and_cache(
     cache is int8: scale = max |x| / 127 of a key or value of one head, elements round(x / scale), ties to even.
     """
     return _rotate_and_cache(  # type: ignore[no-any-return]
-        *(qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, key_scales, value_scales)
+        qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, key_scales, value_scales
     )
 
 
@@ -174,8 +174,18 @@ def paged_attention(
     not read: they may be another's by now.
     """
     return _paged_attention(  # type: ignore[no-any-return]
-        *(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale),
-        *(window, num_sinks, q_sink, key_scales, value_scales),
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start_loc,
+        seq_lens,
+        scale,
+        window,
+        num_sinks,
+        q_sink,
+        key_scales,
+        value_scales,
     )
 
 

@@ -126,10 +126,8 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | N
     return _norm(library.layer_norm, x, residual, weight, bias, eps)
 
 
-def _address(x: Tensor | None, dtype: torch.dtype) -> int | None:
-    """The address of an index tensor or table, which the caller owes us dense and of this dtype."""
-    if x is None:
-        return None
+def _address(x: Tensor, dtype: torch.dtype) -> int:
+    """The address of a tensor that the caller owes us dense and of this dtype."""
     if x.dtype is not dtype or not x.is_contiguous():
         raise TypeError(f"expected a contiguous {dtype} tensor, got {x.dtype} with strides {x.stride()}")
     return x.data_ptr()
@@ -140,18 +138,19 @@ def _cache(
 ) -> library.KVCache | None:
     """The cache as the kernels see it; None if they do not cover it or the activations ``x``."""
     _, num_kv_heads, head_dim, block_size = k_cache.shape
-    covered = head_dim <= MAX_HEAD_DIM and block_size % KEYS_PER_VECTOR == 0 and k_cache.dtype in CACHE_TYPES
+    dtype = k_cache.dtype
+    covered = head_dim <= MAX_HEAD_DIM and block_size % KEYS_PER_VECTOR == 0 and dtype in CACHE_TYPES
     if not covered or x.dtype is not torch.float32:
         return None
     return library.KVCache(
-        _address(k_cache, k_cache.dtype),
-        _address(v_cache, k_cache.dtype),
-        _address(key_scales, torch.float32),
-        _address(value_scales, torch.float32),
+        _address(k_cache, dtype),
+        _address(v_cache, dtype),
+        None if key_scales is None else _address(key_scales, torch.float32),
+        None if value_scales is None else _address(value_scales, torch.float32),
         num_kv_heads,
         head_dim,
         block_size,
-        CACHE_TYPES[k_cache.dtype],
+        CACHE_TYPES[dtype],
     )
 
 
@@ -179,7 +178,7 @@ def rotate_and_cache(
             cache,
             qkv.data_ptr(),
             _address(positions, torch.int64),
-            _address(cos_sin, torch.float32),
+            None if cos_sin is None else _address(cos_sin, torch.float32),
             _address(slot_mapping, torch.int64),
             q.data_ptr(),
             qkv.shape[0],
@@ -210,18 +209,19 @@ def paged_attention(
             *(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale),
             *(window, num_sinks, q_sink, key_scales, value_scales),
         )
-    out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
+    rows, num_heads, head_dim = q.shape
+    out = q.new_empty((rows, num_heads * head_dim))
     library.paged_attention(
         library.AttentionParams(
             cache,
             q.data_ptr(),
-            _address(q_sink, torch.float32),
+            None if q_sink is None else _address(q_sink, torch.float32),
             _address(block_tables, torch.int32),
             _address(query_start_loc, torch.int32),
             _address(seq_lens, torch.int32),
             out.data_ptr(),
             *block_tables.shape,
-            q.shape[1],
+            num_heads,
             window,
             num_sinks,
             scale,

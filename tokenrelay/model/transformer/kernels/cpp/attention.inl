@@ -89,10 +89,8 @@ template <class W> struct AttentionTile {
             float* sums = acc + row * padded;
             for (size_t d = 0; d < padded; d += 16) store(sums + d, mul(load(sums + d), factor));
         }
-        // A row that has seen no key yet weighs nothing; the difference of its scores to their maximum is no number.
-        const float reference = highest[row] == -__builtin_inff() ? 0.0f : highest[row];
         for (size_t i = 0; i < CHUNK; i += 16) {
-            f32x16 weight = exp(sub(load(s + i), broadcast(reference)));
+            f32x16 weight = exp(sub(load(s + i), broadcast(highest[row])));
             store(s + i, weight);
             total[row] = add(total[row], weight);
         }
@@ -113,11 +111,12 @@ template <class W> struct AttentionTile {
         f32x16 sums[R][P];
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++) sums[r][p] = load(acc + (row + r) * padded + d + p * 16);
-        for (size_t key = from, next; key < to; key = next) {
-            next = least(key / 16 * 16 + 16, to);
+        size_t skipped = from % 16;
+        for (size_t key = from - skipped; key < to; key += 16, skipped = 0) {
             const W* v[P];
-            for (int p = 0; p < P; p++) v[p] = values(start + key) + d + p * 16;
-            multiply<R, P>(sums, scores + row * CHUNK + key, CHUNK, v, padded, next - key);
+            for (int p = 0; p < P; p++) v[p] = values(start + key) + skipped * padded + d + p * 16;
+            const float* weights = scores + row * CHUNK + key + skipped;
+            multiply<R, P>(sums, weights, CHUNK, v, padded, least(to - key, size_t(16)) - skipped);
         }
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++) store(acc + (row + r) * padded + d + p * 16, sums[r][p]);
@@ -162,7 +161,7 @@ template <class W> struct AttentionTile {
                 for (size_t d = 0; d < dim; d++) q[r * dim + d] = from[offset(r) + d] * a.scale;
         };
         for (size_t r = 0; r < count; r++) {
-            highest[r] = -__builtin_inff();
+            highest[r] = -__FLT_MAX__;  // finite: hidden keys that come before all others weigh exp(-inf), nothing
             total[r] = broadcast(0.0f);
             for (size_t d = 0; d < padded; d++) acc[r * padded + d] = 0.0f;
         }
