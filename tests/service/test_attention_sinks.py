@@ -23,7 +23,12 @@ def test_a_text_outgrows_the_context(tmp_path: Path, smollm2_path: Path) -> None
         short = httpx.post(f"{service.url}/v1/completions", json=body | {"max_tokens": 60}, timeout=120).json()
         endless = httpx.post(
             f"{service.url}/v1/chat/completions",
-            json={"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "ignore_eos": True},
+            json={
+                "model": MODEL,
+                "messages": [{"role": "user", "content": "Hi"}],
+                "temperature": 0,
+                "ignore_eos": True,
+            },
             timeout=120,
         ).json()
     assert response.headers["X-Attention-Sinks"] == "4"

@@ -5,6 +5,7 @@
     ServiceError                     500 server_error           internal_error
     ├── InvalidRequestError          400 invalid_request_error  (code per case)
     │   ├── UnsupportedParameter     400 invalid_request_error  unsupported_parameter
+    │   ├── InvalidGrammar           400 invalid_request_error  invalid_grammar
     │   ├── ContextLengthExceeded    400 invalid_request_error  context_length_exceeded
     │   ├── RequestTimeout           408 invalid_request_error  request_timeout
     │   ├── RequestTooLarge          413 invalid_request_error  request_too_large
@@ -62,6 +63,12 @@ class InvalidRequestError(ServiceError):
 
 class UnsupportedParameter(InvalidRequestError):
     code = "unsupported_parameter"
+
+
+class InvalidGrammar(InvalidRequestError):
+    """A schema, regex or grammar that cannot be followed; sometimes this shows only while a text is written."""
+
+    code = "invalid_grammar"
 
 
 class ContextLengthExceeded(InvalidRequestError):

@@ -4,6 +4,7 @@ speculation, n choices, resuming, and the modes of attention they run over. Gree
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.engine.request import Request
 from tokenrelay.model.engine.scheduler import Scheduler
 from tokenrelay.model.sampling_params import SamplingParams
+from tokenrelay.model.structured.compiler import GrammarCompiler
+from tokenrelay.model.structured.grammars import regex
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.weights.safetensors import SafetensorsCheckpoint
 
@@ -32,6 +35,25 @@ MODES: dict[str, dict[str, Any]] = {
     "attention sinks": {"attention_sinks": 4, "max_model_len": 48, "num_blocks": 64},
 }
 NUM_TOKENS = 24
+EOS = 2
+
+
+class Letters:
+    """A vocabulary whose tokens are letters, words and pairs: a grammar's text can be written in several ways."""
+
+    strips_leading_space = False
+    special_ids = frozenset({0, 1, EOS})
+    eos_token_ids = (EOS,)
+    vocab_size = 64
+
+    def token_bytes(self, token_id: int) -> bytes:
+        letters = b"abcdefghijklmnopqrstuvwxyz "
+        words = [b"", b"", b"", *(bytes([letter]) for letter in letters), b"hello", b" world", b"abc"]
+        pairs = [bytes([letters[i], letters[-1 - i]]) for i in range(26)]
+        return [*words, *pairs, *[b""] * 64][token_id]
+
+    def encode(self, text: str, **_: bool) -> list[int]:
+        return [3 + "abcdefghijklmnopqrstuvwxyz ".index(letter) for letter in text]
 
 
 @dataclass(frozen=True)
@@ -42,10 +64,26 @@ class Case:
     prompt: tuple[int, ...]
     params: SamplingParams
 
+    def request(self, choice: int, emitted: Sequence[int] = (), mu: float | None = None) -> Request:
+        params = replace(self.params, seed=self.params.seed + 100 * choice)
+        constraint = COMPILER.compile(params.grammar).constraint() if params.grammar else None
+        return Request(
+            f"{self.name}/{choice}",
+            self.prompt,
+            params,
+            output_token_ids=emitted,
+            mirostat_mu=mu,
+            constraint=constraint,
+        )
 
-def _case(index: int, prompt: Sequence[int], **params: float) -> Case:
+
+COMPILER = GrammarCompiler(Letters())  # type: ignore[arg-type]
+GRAMMAR = regex("(abc|hello world |[d-k]{3}xyz)*")  # full of forced letters
+
+
+def _case(index: int, prompt: Sequence[int], **params: Any) -> Case:
     shared = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": index, "logprobs": 1}
-    return Case(f"{index}", tuple(prompt), SamplingParams(**(shared | params)))  # type: ignore[arg-type]
+    return Case(f"{index}", tuple(prompt), SamplingParams(**(shared | params)))
 
 
 CASES = (
@@ -54,6 +92,8 @@ CASES = (
     _case(2, range(3, 36), temperature=1.0, top_p=0.9),
     _case(3, [9, 9, 4] * 5, temperature=0, repetition_penalty=1.1, dry_multiplier=0.5),
     _case(4, [8, 8, 8], temperature=0.7, mirostat_tau=3.0),
+    _case(6, range(3, 30), temperature=0, grammar=GRAMMAR, ignore_eos=False),
+    _case(7, [4, 5, 6] * 4, temperature=1.0, grammar=GRAMMAR, ignore_eos=False, frequency_penalty=0.3),
     _case(5, [*range(3, 20), *range(3, 20)], temperature=0.2, min_p=0.1, presence_penalty=0.5),
 )
 
@@ -88,7 +128,7 @@ def with_features(loaded: Engine, features: Sequence[str]) -> Engine:
         num_speculative_tokens=6 if "speculation" in features else 0,
     )
     num_blocks = 10 if "preemption" in features else 64
-    scheduler = Scheduler(config, num_blocks, loaded.max_model_len, [], loaded.scheduler.window)
+    scheduler = Scheduler(config, num_blocks, loaded.max_model_len, [EOS], loaded.scheduler.window)
     return Engine(scheduler, loaded.runner, loaded.max_model_len)
 
 
@@ -107,10 +147,10 @@ def requests_of(features: Sequence[str], oracle: dict[str, list[int]], mus: dict
         split = 7 + len(case.prompt) % 5 if "resume" in features else 0
         for choice in range(3 if "n" in features else 1):
             name = f"{case.name}/{choice}"
-            params = replace(case.params, seed=case.params.seed + 100 * choice)
             emitted = oracle[name][:split]
-            mu = mus[name][split - 1] if split and params.mirostat_tau else None
-            requests.append(Request(name, case.prompt, params, output_token_ids=emitted, mirostat_mu=mu))
+            if len(emitted) < len(oracle[name]):
+                mu = mus[name][split - 1] if split and case.params.mirostat_tau else None
+                requests.append(case.request(choice, emitted, mu))
     return requests
 
 
@@ -121,15 +161,23 @@ def oracle(engine: Engine) -> tuple[dict[str, list[int]], dict[str, list[float]]
     outputs: dict[str, list[int]] = {}
     mus: dict[str, list[float]] = {}
     for case, choice in itertools.product(CASES, range(3)):
-        name = f"{case.name}/{choice}"
-        params = replace(case.params, seed=case.params.seed + 100 * choice)
-        request = Request(name, case.prompt, params)
+        request = case.request(choice)
         plain.add(request)
-        mus[name] = []
+        mus[request.request_id] = []
         while plain.has_work:
-            mus[name] += [step.mirostat_mu or 0.0 for step in plain.step()]
-        outputs[name] = request.output_token_ids
+            mus[request.request_id] += [step.mirostat_mu or 0.0 for step in plain.step()]
+        outputs[request.request_id] = request.output_token_ids
     return outputs, mus
+
+
+def test_what_a_grammar_allows_is_written(oracle: tuple[dict[str, list[int]], dict[str, list[float]]]) -> None:
+    letters = Letters()
+    for name, token_ids in oracle[0].items():
+        if name.startswith(("6/", "7/")):
+            text = b"".join(map(letters.token_bytes, token_ids)).decode()
+            whole = re.fullmatch("(abc|hello world |[d-k]{3}xyz)*", text)
+            assert whole or (len(token_ids) == NUM_TOKENS and re.match("(abc|hello world |[d-k]{3}xyz)+", text))
+            assert (token_ids[-1] == EOS) <= bool(whole)
 
 
 PAIRS = [*((feature,) for feature in FEATURES), *itertools.combinations(FEATURES, 2), FEATURES]

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 from llguidance import LLMatcher, LLTokenizer
 
-from tokenrelay.model.structured.constraint import Constraint
+from tokenrelay.model.structured.constraint import Constraint, VocabularyMasks
 from tokenrelay.model.structured.errors import GrammarError
 from tokenrelay.model.structured.matching import new_matcher
 from tokenrelay.model.structured.vocabulary import Vocabulary, llguidance_tokenizer
@@ -25,15 +25,14 @@ _stack_size = threading.Lock()  # threading.stack_size is the whole process's
 class CompiledGrammar:
     """The beginning of every sequence of one grammar. ``failed`` says that its automaton is exhausted."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
+    def __init__(self, matcher: LLMatcher, masks: VocabularyMasks) -> None:
         self.failed = False
         self._matcher = matcher
-        self._vocabulary = vocabulary
+        self._masks = masks
 
     def constraint(self) -> Constraint:
         """For one more sequence; costs microseconds."""
-        vocabulary = self._vocabulary
-        return Constraint(self._matcher.deep_copy(), vocabulary.num_words, vocabulary.eos_token_ids, self._note_failure)
+        return Constraint(self._matcher.deep_copy(), self._masks, self._note_failure)
 
     def _note_failure(self) -> None:
         self.failed = True
@@ -61,7 +60,7 @@ class GrammarCompiler:
         self._lock, self._preparing = threading.Lock(), threading.Lock()
         self._threads = threading.BoundedSemaphore(MAX_THREADS)
         self._cached: OrderedDict[str, CompiledGrammar] = OrderedDict()
-        self._prepared: tuple[Vocabulary, LLTokenizer] | None = None
+        self._prepared: tuple[LLTokenizer, VocabularyMasks] | None = None
 
     def compile(self, grammar: str) -> CompiledGrammar:
         """``grammar`` is what ``grammars`` or ``tool_calls`` wrote.
@@ -95,8 +94,10 @@ class GrammarCompiler:
         thread = threading.Thread(target=self._settle, args=(result, grammar), name="grammar", daemon=True)
         with _stack_size:
             before = threading.stack_size(STACK_BYTES)
-            thread.start()
-            threading.stack_size(before)
+            try:
+                thread.start()
+            finally:
+                threading.stack_size(before)
         try:
             return result.result(self._seconds)
         except TimeoutError:
@@ -104,18 +105,18 @@ class GrammarCompiler:
 
     def _settle(self, result: Future[CompiledGrammar], grammar: str) -> None:
         try:
-            vocabulary, tokenizer = self._prepare()
-            result.set_result(CompiledGrammar(new_matcher(tokenizer, grammar), vocabulary))
+            tokenizer, masks = self._prepare()
+            result.set_result(CompiledGrammar(new_matcher(tokenizer, grammar), masks))
         except BaseException as error:
             result.set_exception(error)
         finally:
             self._threads.release()
 
-    def _prepare(self) -> tuple[Vocabulary, LLTokenizer]:
+    def _prepare(self) -> tuple[LLTokenizer, VocabularyMasks]:
         with self._preparing:
             if self._prepared is None:
                 vocabulary = Vocabulary.of(self._tokenizer, self._vocab_size)
-                self._prepared = vocabulary, llguidance_tokenizer(vocabulary, self._encode)
+                self._prepared = llguidance_tokenizer(vocabulary, self._encode), VocabularyMasks(vocabulary)
             return self._prepared
 
     def _encode(self, text: str) -> list[int]:

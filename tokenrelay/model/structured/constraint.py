@@ -8,8 +8,25 @@ import numpy as np
 from llguidance import LLMatcher
 
 from tokenrelay.model.structured.errors import explain
+from tokenrelay.model.structured.vocabulary import Vocabulary
 
 _BITS = 32
+
+
+class VocabularyMasks:
+    """Bit masks [words] over the network's vocabulary: ``known`` for tokens that exist, ``end`` for those that end a
+    text."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.eos_token_ids = frozenset(vocabulary.eos_token_ids)
+        self.known = _mask([i for i, token in enumerate(vocabulary.tokens) if token], len(vocabulary.tokens))
+        self.end = _mask(vocabulary.eos_token_ids, len(vocabulary.tokens))
+
+
+def _mask(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    bits = np.zeros(-(-vocab_size // _BITS) * _BITS, dtype=np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 class Constraint:
@@ -22,36 +39,34 @@ class Constraint:
     def __init__(
         self,
         matcher: LLMatcher,
-        num_words: int,
-        eos_token_ids: Sequence[int],
+        vocabulary_masks: VocabularyMasks,
         on_error: Callable[[], None] = lambda: None,
     ) -> None:
         self.error = ""
         self._matcher = matcher
-        self._num_words = num_words
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._vocabulary = vocabulary_masks
         self._on_error = on_error
 
     def masks(self, draft_token_ids: Sequence[int]) -> np.ndarray:
         """Which tokens may come after 0, 1, … of the drafts: int32 [1 + drafts, words], bit i of word w for token
         32 w + i. Behind a draft that may not come, only an end may."""
-        masks = np.zeros((1 + len(draft_token_ids), self._num_words), dtype=np.int32)
-        _fill(self._matcher, masks[0])
+        masks = np.zeros((1 + len(draft_token_ids), len(self._vocabulary.known)), dtype=np.int32)
+        self._fill(masks[0], self._matcher)
         self._note_error()
         matcher = self._matcher.deep_copy() if draft_token_ids else self._matcher  # rolling back is not always possible
         for position, draft in enumerate(draft_token_ids):
             if not masks[position, draft // _BITS] >> draft % _BITS & 1:
-                masks[position + 1 :] = self._end
+                masks[position + 1 :] = self._vocabulary.end
                 break
             matcher.consume_token(draft)
-            _fill(matcher, masks[position + 1])
+            self._fill(masks[position + 1], matcher)
         return masks
 
     def num_valid(self, token_ids: Sequence[int]) -> int:
         """How many of the tokens could come next, from the first on. Where the grammar forces a text, any way to write
         it counts, and ``masks`` allow the tokenizer's own."""
         if self._matcher.is_stopped():
-            return int(bool(token_ids) and token_ids[0] in self._eos_token_ids)
+            return int(bool(token_ids) and token_ids[0] in self._vocabulary.eos_token_ids)
         return self._matcher.validate_tokens(list(token_ids))
 
     def forced(self) -> list[int]:
@@ -71,12 +86,6 @@ class Constraint:
             self.error = explain(self._matcher.get_error())
             self._on_error()
 
-    @property
-    def _end(self) -> np.ndarray:
-        mask = np.zeros(self._num_words * _BITS, dtype=np.uint8)
-        mask[list(self._eos_token_ids)] = 1
-        return np.packbits(mask, bitorder="little").view(np.int32)
-
-
-def _fill(matcher: LLMatcher, mask: np.ndarray) -> None:
-    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    def _fill(self, mask: np.ndarray, matcher: LLMatcher) -> None:
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        mask &= self._vocabulary.known  # "any token" would include ids that have none

@@ -67,9 +67,11 @@ MAKERS: Mapping[str, Callable[[Any], str]] = {
 
 
 def with_json_options(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema with our options of llguidance, unless it has its own."""
-    own = schema.get("x-guidance")
-    return {**schema, "x-guidance": {**_JSON_OPTIONS, **(own if isinstance(own, dict) else {})}}
+    """The schema with our options of llguidance, as far as it has no own."""
+    own = schema.get("x-guidance", {})
+    if not isinstance(own, Mapping) or "whitespace_flexible" in own:  # this would be overridden by a pattern
+        return dict(schema)
+    return {**schema, "x-guidance": {**_JSON_OPTIONS, **own}}
 
 
 def quoted(text: str) -> str:

@@ -6,7 +6,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from tokenrelay.model.structured.errors import GrammarError, explain
 
-MAX_GRAMMAR = 256 << 10  # characters
+MAX_GRAMMAR = 128 << 10  # characters; it waits in the broker as often as there are requests with it
 MAX_LEXER_STATES = 50_000  # of one grammar, over all its requests; measured: 0.3 kB each
 NUM_TRIAL_TOKENS = 8
 

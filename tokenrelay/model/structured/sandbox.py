@@ -30,7 +30,7 @@ from tokenrelay.model.structured.errors import GrammarError
 from tokenrelay.model.structured.grammars import MAKERS, json_schema
 from tokenrelay.model.structured.matching import MAX_GRAMMAR, new_matcher
 from tokenrelay.model.structured.places import place_of_error
-from tokenrelay.model.structured.vocabulary import Vocabulary, llguidance_tokenizer
+from tokenrelay.model.structured.vocabulary import TokenTable, Vocabulary, llguidance_tokenizer
 
 CPU_SECONDS = 1.0  # of one grammar
 MEMORY_BYTES = 512 << 20  # beyond the vocabulary's
@@ -39,6 +39,7 @@ ANSWER_SECONDS = 30  # by the clock: the processor may be busy with others
 PLACE_SECONDS = 0.25  # processor time, to find where in a schema the error is
 MAX_CACHED = 64
 
+Answer = dict[str, str]  # the "grammar", or the "error"
 TOO_HARD = (
     f"it takes more than {CPU_SECONDS:g} s, {MEMORY_BYTES >> 20} MB or {STACK_BYTES >> 20} MB of stack to compile; "
     "simplify it"
@@ -48,10 +49,10 @@ TOO_HARD = (
 class Sandbox:
     """Thread-safe. A call waits for a child process, unless the same was asked not long ago."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, tokenizer: TokenTable) -> None:
+        self._tokenizer = tokenizer
         self._lock = threading.Lock()
-        self._answers: OrderedDict[bytes, dict[str, str]] = OrderedDict()
+        self._answers: OrderedDict[bytes, Answer] = OrderedDict()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
@@ -66,11 +67,9 @@ class Sandbox:
         with self._lock:
             answer = self._answers.get(key)
         answer = answer or self._ask(question)
-        with self._lock:
-            self._answers[key] = answer
-            self._answers.move_to_end(key)
-            while len(self._answers) > MAX_CACHED:
-                self._answers.popitem(last=False)
+        if answer is None:
+            raise GrammarError(TOO_HARD)
+        self._keep(key, answer)
         if "error" in answer:
             raise GrammarError(answer["error"])
         return answer["grammar"]
@@ -80,13 +79,21 @@ class Sandbox:
         with self._lock:
             self._end_process()
 
-    def _ask(self, question: bytes) -> dict[str, str]:
+    def _keep(self, key: bytes, answer: Answer) -> None:
+        with self._lock:
+            self._answers[key] = answer
+            self._answers.move_to_end(key)
+            while len(self._answers) > MAX_CACHED:
+                self._answers.popitem(last=False)
+
+    def _ask(self, question: bytes) -> Answer | None:
+        """None: the child was killed before it could answer."""
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
                 self._hand_over(theirs)
             reply = _exchange(ours, question)
-        return json.loads(reply) if reply else {"error": TOO_HARD}
+        return json.loads(reply) if reply else None
 
     def _hand_over(self, connection: socket.socket) -> None:
         """Give the process a connection to answer on; start it if it is not there."""
@@ -105,7 +112,7 @@ class Sandbox:
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.PIPE)
         assert self._process.stdin is not None
         with self._process.stdin as pipe:
-            pipe.write(_packed(self._vocabulary))
+            pipe.write(_packed(Vocabulary.of(self._tokenizer)))
 
     def _end_process(self) -> None:
         if self._control is not None:

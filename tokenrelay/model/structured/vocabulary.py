@@ -41,11 +41,6 @@ class Vocabulary:
             eos_token_ids=tokenizer.eos_token_ids,
         )
 
-    @property
-    def num_words(self) -> int:
-        """Length of a mask, in words of 32 bits."""
-        return (len(self.tokens) + 31) // 32
-
 
 Encode = Callable[[str], list[int]]
 

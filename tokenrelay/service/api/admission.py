@@ -15,6 +15,7 @@ from tokenrelay.service.api.schemas.chat import ChatCompletionRequest, ChatMessa
 from tokenrelay.service.api.schemas.completions import CompletionRequest
 from tokenrelay.service.api.schemas.request import GenerationRequest
 from tokenrelay.service.api.served_model import ServedModel
+from tokenrelay.service.api.structured import Grammars
 from tokenrelay.service.errors import ContextLengthExceeded, InvalidRequestError
 from tokenrelay.service.messages import Submission
 
@@ -27,15 +28,16 @@ MAX_REPORTED = 10**12  # larger numbers are not worth repeating in a message
 class Admission:
     """Turns bodies into submissions for one served model."""
 
-    def __init__(self, model: ServedModel, max_n: int) -> None:
+    def __init__(self, model: ServedModel, max_n: int, grammars: Grammars) -> None:
         self._model = model
         self._max_n = max_n
+        self._grammars = grammars
 
     async def chat(self, body: ChatCompletionRequest, request_id: str) -> list[Submission]:
         self._require_servable(body)
         size = sum(len(message.text) for message in body.messages) + 64 * len(body.messages)
         prompt = await off_loop_if_large(size, LARGE_TEXT, lambda: _encode_chat(self._model.tokenizer, body.messages))
-        return await self._submissions(body, request_id, [prompt], "messages", self._model.max_model_len)
+        return await self._submissions(body, request_id, [prompt], "messages", self._model.context)
 
     async def completion(self, body: CompletionRequest, request_id: str) -> list[Submission]:
         self._require_servable(body)
@@ -60,6 +62,7 @@ class Admission:
         _require_tellable(body, sum(map(len, prompts)))
         tokenizer = self._model.tokenizer
         shape = await off_loop_if_large(text_size(body), LARGE_TEXT, lambda: sampling(body, tokenizer))
+        shape["grammar"] = await self._grammars.grammar_of(body)
         ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
         return [
             Submission(

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tokenrelay.service.api.event_loop import off_loop_if_large
-from tokenrelay.service.api.schemas.request import RequestSchema
+from tokenrelay.service.api.schemas.request_schema import RequestSchema
 from tokenrelay.service.errors import (
     InvalidRequestError,
     RequestTimeout,

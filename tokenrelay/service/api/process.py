@@ -14,6 +14,7 @@ from tokenrelay.service.api.admission import Admission
 from tokenrelay.service.api.generation import Generations
 from tokenrelay.service.api.readiness import Readiness
 from tokenrelay.service.api.served_model import ServedModel
+from tokenrelay.service.api.structured import Grammars
 from tokenrelay.service.broker import connect
 from tokenrelay.service.errors import BrokerUnavailable
 from tokenrelay.service.keys import Keys
@@ -46,12 +47,13 @@ async def running(settings: Settings, model: ServedModel, metrics: ApiMetrics) -
     keys = Keys(model.name)
     redis, blocking_redis = connect(settings.redis_url), connect(settings.redis_url, blocking=True)
     queue = Queue(redis, keys, settings)
+    grammars = Grammars(model.tokenizer)
     mailbox = Mailbox(blocking_redis, redis, keys, TokenLog(redis, keys, settings), f"api-{uuid.uuid4().hex}")
     process = ApiProcess(
         settings=settings,
         model=model,
         metrics=metrics,
-        admission=Admission(model, settings.max_n),
+        admission=Admission(model, settings.max_n, grammars),
         queue=queue,
         generations=Generations(queue, mailbox, metrics),
         readiness=Readiness(Registry(redis, keys, settings), settings),
@@ -66,6 +68,7 @@ async def running(settings: Settings, model: ServedModel, metrics: ApiMetrics) -
         for duty in duties:
             duty.cancel()
         await asyncio.gather(*duties, return_exceptions=True)
+        grammars.close()
         await redis.aclose()
         await blocking_redis.aclose()
 

@@ -26,7 +26,6 @@ _BESIDE_BEAMS = {
     *("min_tokens", "ignore_eos", "stop_token_ids"),
 }
 _OFF = {"temperature": (0, 1)}  # a search for the likeliest is as good as greedy; otherwise the default is off
-_SENT_AS = {"mirostat_tau": "mirostat", "grammar": "response_format"}
 
 
 def sampling(body: GenerationRequest, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -68,11 +67,12 @@ def _choices(body: GenerationRequest) -> dict[str, Any]:
 
 def require_plain_beams(body: GenerationRequest, params: SamplingParams) -> None:
     """Beams are neither sampled nor streamed, and end with a token. Raises InvalidRequestError."""
+    sent_as = {"mirostat_tau": "mirostat", "grammar": body.structure.param if body.structure else ""}
     sent = [name for name in ("stream", "echo") if getattr(body, name, None)]
     for field in fields(params):
         off = _OFF.get(field.name, (field.default,))
         if field.name not in _BESIDE_BEAMS and getattr(params, field.name) not in off:
-            sent.append(_SENT_AS.get(field.name, field.name))
+            sent.append(sent_as.get(field.name, field.name))
     if sent and params.beam_width:
         raise InvalidRequestError(f"'{sent[0]}' does not go with use_beam_search; leave one out.", param=sent[0])
 

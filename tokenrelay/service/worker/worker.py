@@ -17,10 +17,12 @@ import structlog
 
 from tokenrelay import __version__
 from tokenrelay.model.engine.engine import Engine
-from tokenrelay.service.errors import BrokerUnavailable
-from tokenrelay.service.messages import WorkerFacts
+from tokenrelay.model.structured.compiler import GrammarCompiler
+from tokenrelay.model.structured.errors import GrammarError
+from tokenrelay.service.errors import BrokerUnavailable, InvalidGrammar
+from tokenrelay.service.messages import Error, WorkerFacts
 from tokenrelay.service.metrics import WorkerMetrics
-from tokenrelay.service.queue import Queue
+from tokenrelay.service.queue import Claim, Queue
 from tokenrelay.service.registry import Registry
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import Publication, TokenLog
@@ -37,6 +39,7 @@ class Worker:
         self,
         engine: Engine,
         processor: OutputProcessor,
+        compiler: GrammarCompiler,
         queue: Queue,
         token_log: TokenLog,
         registry: Registry,
@@ -47,6 +50,8 @@ class Worker:
         self.worker_id = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}"
         self._queue, self._token_log, self._registry = queue, token_log, registry
         self._metrics, self._settings, self._model = metrics, settings, model
+        self._compiler = compiler
+        self._compiling: set[asyncio.Task[None]] = set()
         self._max_model_len = engine.max_model_len
         self._held: dict[str, int] = {}  # request id → epoch, from claim to finish
         self._wake = asyncio.Event()
@@ -79,9 +84,9 @@ class Worker:
             await self._until_drained_or_dead()
             await self._hand_back()
         finally:
-            for task in loops:
+            for task in (*loops, *self._compiling):
                 task.cancel()
-            await asyncio.gather(*loops, return_exceptions=True)
+            await asyncio.gather(*loops, *self._compiling, return_exceptions=True)
 
     # --- the four loops -------------------------------------------------------------------------------------------
 
@@ -107,7 +112,7 @@ class Worker:
                 self._held[claim.submission.request_id] = claim.epoch
                 self._metrics.queue_time.observe(claim.queued_seconds)
                 self._metrics.resumed_requests.inc(bool(claim.log))
-                self._engine.add(claim)
+                self._start(claim)
         await self._woken(self._settings.heartbeat_seconds)
 
     async def _heartbeat(self) -> None:
@@ -162,6 +167,30 @@ class Worker:
                 await self._wake.wait()
 
     # --- the rest -------------------------------------------------------------------------------------------------
+
+    def _start(self, claim: Claim) -> None:
+        """Compiling a grammar delays its own request, and no other."""
+        if not claim.submission.params.grammar:
+            self._engine.add(claim)
+            return
+        task = asyncio.create_task(self._compile(claim))
+        self._compiling.add(task)
+        task.add_done_callback(self._compiling.discard)
+        task.add_done_callback(self._note_loop_end)
+
+    async def _compile(self, claim: Claim) -> None:
+        submission = claim.submission
+        grammar, failure = None, ""
+        try:
+            grammar = await asyncio.to_thread(self._compiler.compile, submission.params.grammar)
+        except GrammarError as error:
+            failure = f"The grammar cannot be used: {error}."
+        if self._held.get(submission.request_id) != claim.epoch:
+            return  # lost meanwhile
+        if grammar is None:
+            self._engine.refuse(claim, Error(message=failure, code=InvalidGrammar.code, status=InvalidGrammar.status))
+        else:
+            self._engine.add(claim, grammar)
 
     def _lose(self, request_id: str, epoch: int) -> None:
         """Another owns it now; unless that is us again, under a newer epoch."""

@@ -10,7 +10,8 @@ from pydantic_core import PydanticCustomError
 from tokenrelay.model.sampling_params import MAX_LOGPROBS
 from tokenrelay.service.api.schemas.logprobs import ChatLogprobs, PromptLogprobs
 from tokenrelay.service.api.schemas.not_built import IN_MESSAGES, ON_CHAT, Neutral
-from tokenrelay.service.api.schemas.request import GenerationRequest, RequestSchema
+from tokenrelay.service.api.schemas.request import GenerationRequest
+from tokenrelay.service.api.schemas.request_schema import RequestSchema
 from tokenrelay.service.api.schemas.usage import CompletionUsage
 
 MAX_MESSAGES = 4096

@@ -22,11 +22,6 @@ _VLLM = {
     "spaces_between_special_tokens": (True,),
     "logprob_token_ids": (),
     "logits_processors": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "request_id": (),
     "kv_transfer_params": (),
     "vllm_xargs": ({},),
@@ -35,8 +30,6 @@ _VLLM = {
 }
 _LLAMA_CPP = {
     "cache_prompt": (True,),
-    "grammar": ("",),
-    "json_schema": (),
     "n_predict": (),
     "n_probs": (0,),
     "n_keep": (0,),
@@ -48,8 +41,6 @@ _LLAMA_CPP = {
     "lora": ([],),
 }
 _SGLANG = {
-    "regex": (),
-    "ebnf": (),
     "rid": (),
     "lora_path": (),
     "session_params": (),
@@ -65,7 +56,6 @@ ON_CHAT: Neutral = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -87,7 +77,6 @@ ON_CHAT: Neutral = {
 ON_COMPLETIONS: Neutral = {
     **ON_BOTH_ROUTES,
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
 }
 
 IN_MESSAGES: Neutral = {
@@ -98,6 +87,14 @@ IN_MESSAGES: Neutral = {
     "annotations": ([],),
     "reasoning": ("",),
     "reasoning_content": ("",),
+}
+
+IN_STRUCTURED_OUTPUTS: Neutral = {
+    "structural_tag": (),
+    "whitespace_pattern": (),
+    "disable_fallback": (False,),
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
 }
 
 IN_STREAM_OPTIONS: Neutral = {

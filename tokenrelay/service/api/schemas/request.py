@@ -1,16 +1,18 @@
-"""What every request body has in common: strict types, finite numbers, no unknown fields."""
+"""The parameters that both generation routes share."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from tokenrelay.model.sampling_params import MAX_SEED
-from tokenrelay.service.api.schemas.not_built import IN_STREAM_OPTIONS, Neutral, asks_for_nothing
+from tokenrelay.service.api.schemas.not_built import IN_STREAM_OPTIONS, Neutral
 from tokenrelay.service.api.schemas.output import OutputFields
+from tokenrelay.service.api.schemas.request_schema import RequestSchema
 from tokenrelay.service.api.schemas.sampling import SamplingFields
+from tokenrelay.service.api.schemas.structured import StructuredFields
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
@@ -21,32 +23,13 @@ MAX_SALT_CHARACTERS = 256
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
-class RequestSchema(BaseModel):
-    """A JSON object from a client. ``not_built`` lists the parameters it may only carry with a neutral value."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    not_built: ClassVar[Neutral] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_not_built(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        for name in cls.not_built.keys() & fields.keys():
-            if not asks_for_nothing(fields[name], cls.not_built[name]):
-                raise PydanticCustomError(
-                    "unsupported_parameter", "is not supported by this server; leave it out", {"name": name}
-                )
-        return {name: value for name, value in fields.items() if name not in cls.not_built}
-
-
 class StreamOptions(RequestSchema):
     not_built: ClassVar[Neutral] = IN_STREAM_OPTIONS
 
     include_usage: bool | None = Field(None, description="End the stream with a chunk that carries the usage.")
 
 
-class GenerationRequest(SamplingFields, OutputFields, RequestSchema):
+class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestSchema):
     """The parameters both routes share. A null is as good as a field left out."""
 
     model: str = Field(description="The served model's name, as in GET /v1/models.")

@@ -15,5 +15,6 @@ class CompletionUsage(BaseModel):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     forgotten_tokens: int = Field(
-        0, description="With attention sinks: tokens too far back for attention to see, once a text outgrows the context."
+        0,
+        description="With attention sinks: tokens too far back for attention to see, once a text outgrows the context.",
     )
