@@ -181,3 +181,16 @@ def test_what_falls_out_of_the_window_is_given_back(window: Window) -> None:
         most = max(most, sum(block >= 0 for block in request.block_table))
     assert most <= (8 + 16) // BLOCK_SIZE + 2
     assert request.output_token_ids == bench.undisturbed(request)
+
+
+def test_drafts_take_nothing_from_a_prompt() -> None:
+    bench = Bench(num_blocks=64, num_speculative_tokens=8, max_prefill_tokens_beside_decodes=6)
+    bench.network.next_token = lambda token_ids: 1 + len(token_ids) % 3  # type: ignore[method-assign]
+    for name in ("a", "b"):
+        bench.add(name, [1, 2, 3, 1, 2, 3, 1], max_tokens=50, salt=name)
+    bench.step()
+    bench.add("long", range(4, 44))
+    for _ in range(3):
+        output = bench.scheduler.schedule()
+        assert [(e.num_tokens, len(e.draft_token_ids)) for e in output.scheduled] == [(1, 0), (1, 0), (6, 0)]
+        bench.scheduler.update(output, bench.network.execute(output))

@@ -18,6 +18,8 @@ from tokenrelay.model.engine.speculation import PromptLookup
 from tokenrelay.model.engine.step import Sampled, ScheduledRequest, SchedulerOutput, StepOutput
 from tokenrelay.model.sampling_params import FinishReason
 
+MAX_DRAFT_ROWS = 32  # of a step, over all requests: what a stream may wait longer for others' guesses
+
 in_order = attrgetter("order")
 
 
@@ -73,7 +75,8 @@ class Scheduler:
         output = SchedulerOutput()
         budget = self._continue_running(output, self._budget())
         if self.waiting and not output.preempted:  # what was just evicted must not be refilled by newcomers
-            self._admit_waiting(output, budget)
+            budget = self._admit_waiting(output, budget)
+        self._add_drafts(output, min(budget, MAX_DRAFT_ROWS))
         return output
 
     def _budget(self) -> int:
@@ -92,7 +95,8 @@ class Scheduler:
             num_tokens = min(request.num_uncomputed_tokens, budget - behind)
             if not self._make_room(request, num_tokens, output):
                 break  # the request itself was the last one to evict
-            budget -= self._compute(request, num_tokens, budget - behind, output)
+            output.scheduled.append(ScheduledRequest(request, num_tokens))
+            budget -= num_tokens
             position += 1
         return budget
 
@@ -106,16 +110,15 @@ class Scheduler:
                 return False
         return True
 
-    def _compute(self, request: Request, num_tokens: int, budget: int, output: SchedulerOutput) -> int:
-        """Schedule the tokens, and drafts if the last token is among them; returns the rows."""
-        drafts: Sequence[int] = ()
-        if num_tokens == request.num_uncomputed_tokens:
-            drafts = self._drafts(request, budget - num_tokens)
-            if drafts and not self.block_tables.grow(request, num_tokens + len(drafts)):
-                drafts = ()  # guesses evict nobody
-        entry = ScheduledRequest(request, num_tokens, drafts)
-        output.scheduled.append(entry)
-        return entry.num_rows
+    def _add_drafts(self, output: SchedulerOutput, budget: int) -> None:
+        """Share what no known token needed among the requests that sample. Guesses evict nobody."""
+        sampling = [index for index, entry in enumerate(output.scheduled) if entry.samples]
+        for position, index in enumerate(sampling):
+            entry = output.scheduled[index]
+            drafts = self._drafts(entry.request, -(-budget // (len(sampling) - position)))
+            if drafts and self.block_tables.grow(entry.request, entry.num_tokens + len(drafts)):
+                output.scheduled[index] = entry._replace(draft_token_ids=drafts)
+                budget -= len(drafts)
 
     def _drafts(self, request: Request, budget: int) -> Sequence[int]:
         """What the grammar forces; else what followed the last tokens before, as far as the grammar allows it."""
@@ -130,7 +133,7 @@ class Scheduler:
         drafts = request.lookup.propose(request.token_ids, limit, len(self.running))
         return drafts[: request.constraint.num_valid(drafts)] if request.constraint is not None else drafts
 
-    def _admit_waiting(self, output: SchedulerOutput, budget: int) -> None:
+    def _admit_waiting(self, output: SchedulerOutput, budget: int) -> int:
         being_computed = self._being_computed()
         for request in list(self.waiting):
             if budget <= 0 or len(self.running) == self.config.max_num_seqs:
@@ -143,6 +146,7 @@ class Scheduler:
                 break  # the whole prompt must fit, or it would be preempted halfway
             budget -= self._start(request, prefix, budget, output)
             being_computed.update(missing)
+        return budget
 
     def _being_computed(self) -> set[bytes]:
         """Hashes of the blocks that prompts in progress will make known."""
@@ -154,7 +158,7 @@ class Scheduler:
         }
 
     def _start(self, request: Request, prefix: KnownPrefix, budget: int, output: SchedulerOutput) -> int:
-        """Move a request to the running with the blocks it shares; returns how many rows it computes now."""
+        """Move a request to the running with the blocks it shares; returns how many tokens it computes now."""
         self.waiting.remove(request)
         insort(self.running, request, key=in_order)
         self.block_tables.start(request, prefix)
@@ -165,7 +169,8 @@ class Scheduler:
         assert grown, "the room was just checked"
         if prefix.partial_block is not None:
             output.block_copies.append((prefix.partial_block, request.block_table[len(prefix.blocks)]))
-        return self._compute(request, num_tokens, budget, output)
+        output.scheduled.append(ScheduledRequest(request, num_tokens))
+        return num_tokens
 
     def _count_hits(self, request: Request) -> None:
         request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
