@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import tokenrelay
@@ -20,8 +21,13 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -75,7 +81,7 @@ def test_nothing_unpickles() -> None:
 
 def test_imports_stand_at_the_top() -> None:
     for path in FILES:
-        for function in ast.walk(ast.parse(path.read_text())):
+        for function in ast.walk(parsed(path)):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and name(path) not in LAZY_BY_DESIGN:
                 inner = [n for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)]
                 assert not inner, f"{name(path)}:{inner[0].lineno}"
