@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from redis.asyncio import Redis
+
 from tokenrelay.model.sampling_params import SamplingParams
+from tokenrelay.service.keys import Keys
 from tokenrelay.service.messages import Event, Submission, Usage
 from tokenrelay.service.queue import Claim, Queue
 from tokenrelay.service.token_log import Publication
@@ -35,6 +38,17 @@ async def claim_one(queue: Queue, worker_id: str = "worker") -> Claim:
 
 async def claim_ids(queue: Queue, limit: int = 100, worker_id: str = "worker") -> list[str]:
     return [claim.submission.request_id for claim in await queue.claim(worker_id, limit)]
+
+
+async def measured(redis: Redis, keys: Keys, tokens_per_second: float) -> None:
+    """As if the queue had drained at this rate for a long time."""
+    await redis.hset(keys.drain, mapping={"tokens": tokens_per_second * 60, "busy": 60_000})
+
+
+async def nothing_ended_for(redis: Redis, keys: Keys, seconds: int) -> None:
+    """As if what waits had begun to, or work had last ended, so long ago."""
+    now, microseconds = await redis.time()
+    await redis.hset(keys.drain, "since", (now - seconds) * 1000 + microseconds // 1000)
 
 
 def publication(claim: Claim, index: int, *events: Event) -> Publication:

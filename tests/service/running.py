@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -56,10 +57,11 @@ class RunningService:
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=_plain_environment())
         try:
-            wait_until(self.is_ready, f"ready; log: {self._log.read_text()[-2000:]}", 60)
-        except AssertionError:
+            wait_until(self.is_ready, "ready", 60)
+        except AssertionError as error:
             self.process.kill()
-            raise
+            self.process.wait()
+            raise AssertionError(f"{error}; log: {self.log[-2000:]}") from error
         return self
 
     def __exit__(
@@ -82,10 +84,19 @@ class RunningService:
     def log(self) -> str:
         return self._log.read_text()
 
+    def children(self, name: str) -> list[psutil.Process]:
+        """Those called ``worker``, ``spare``, ``api`` or ``valkey-server``."""
+        found: list[psutil.Process] = []
+        for child in psutil.Process(self.process.pid).children():
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                command = child.cmdline()
+                called = "spare" if "--spare" in command else "".join(command[3:4])
+                found += [child] if name in (child.name(), called) else []
+        return found
+
     def child(self, name: str) -> psutil.Process:
-        """The process called ``worker``, ``api`` or ``valkey-server``."""
-        children = psutil.Process(self.process.pid).children()
-        found = [child for child in children if name in (child.name(), *child.cmdline()[3:4])]
+        """The only one with this name."""
+        found = self.children(name)
         assert len(found) == 1, found
         return found[0]
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from redis import Redis
 
-from tokenrelay.service.embedded_valkey import EmbeddedValkey
+from tokenrelay.service.embedded_valkey import EmbeddedValkey, EmbeddedValkeyError, url_of_running
 
 PARENT = """
 import sys, time
@@ -68,6 +68,13 @@ def test_nobody_else_can_reach_it(server: EmbeddedValkey) -> None:
     assert socket.parent.stat().st_mode & 0o777 == 0o700
     assert socket.stat().st_mode & 0o777 == 0o700
     assert [c for c in psutil.Process(server.pid).net_connections("inet") if c.status == psutil.CONN_LISTEN] == []
+
+
+def test_another_process_finds_it_by_its_data(server: EmbeddedValkey, tmp_path: Path) -> None:
+    with Redis.from_url(url_of_running(tmp_path / "data")) as client:
+        assert client.ping()
+    with pytest.raises(EmbeddedValkeyError, match="No broker runs over"):
+        url_of_running(tmp_path / "elsewhere")
 
 
 def test_full_memory_refuses_instead_of_evicting(server: EmbeddedValkey) -> None:

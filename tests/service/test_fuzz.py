@@ -100,10 +100,10 @@ def assert_broker_is_empty(data_dir: Path) -> None:
 
         wait_until(lambda: all(key.startswith(of_processes) for key in passing()), "finished requests are forgotten")
         assert [key for key in passing() if broker.ttl(key) == -1] == []
-        assert [broker.zcard(key) for key in (keys.waiting, keys.leases)] == [0, 0]
+        assert [broker.zcard(key) for key in (keys.waiting, keys.leases, keys.deadlines)] == [0, 0, 0]
+        assert [broker.hlen(keys.sizes), broker.hlen(keys.load), broker.xlen(keys.dead)] == [0, 0, 0]
 
 
-@pytest.mark.long
 def test_hundreds_of_fuzzed_requests_leave_nothing_behind(service: RunningService, tmp_path: Path) -> None:
     processes, files = pids(service), open_files(service)
     tally = fuzz(service, range(300))

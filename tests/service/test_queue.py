@@ -14,6 +14,7 @@ from tokenrelay.service.keys import Keys
 from tokenrelay.service.messages import Event, Usage
 from tokenrelay.service.queue import RECLAIM_BATCH, CancelOutcome, Queue, Renewal
 from tokenrelay.service.settings import Settings
+from tokenrelay.service.terms import Terms
 from tokenrelay.service.token_log import TokenLog
 
 
@@ -40,7 +41,7 @@ class TestSubmit:
     async def test_an_idempotency_key_finds_the_earlier_request_of_its_tenant(self, queue: Queue) -> None:
         async def send(request_id: str, tenant: str) -> tuple[str, bool]:
             request = submission(request_id, tenant=tenant)
-            _, created, found = await queue.submit(request, mailbox="api", idempotency_key="key")
+            _, created, found = await queue.submit(request, mailbox="api", terms=Terms(idempotency_key="key"))
             return found, created
 
         assert await send("first", "alice") == ("first", True)
@@ -50,9 +51,9 @@ class TestSubmit:
     async def test_an_idempotency_key_is_forgotten_with_its_request(
         self, queue: Queue, redis: Redis, keys: Keys
     ) -> None:
-        await queue.submit(submission("first"), mailbox="api", idempotency_key="key")
+        await queue.submit(submission("first"), mailbox="api", terms=Terms(idempotency_key="key"))
         await redis.delete(keys.request("first"))
-        again = await queue.submit(submission("second"), mailbox="api", idempotency_key="key")
+        again = await queue.submit(submission("second"), mailbox="api", terms=Terms(idempotency_key="key"))
         assert (again.request_id, again.created) == ("second", True)
 
     async def test_a_full_queue_refuses_new_requests_but_knows_the_old(self, redis: Redis, keys: Keys) -> None:

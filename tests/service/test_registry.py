@@ -35,10 +35,10 @@ async def test_a_worker_that_leaves_says_so(registry: Registry) -> None:
     assert await registry.workers() == []
 
 
-async def test_a_silent_worker_is_gone_after_a_lease(
+async def test_a_silent_worker_is_gone_after_three_announcements(
     redis: Redis, keys: Keys, registry: Registry, wait_until: WaitUntil
 ) -> None:
-    await Registry(redis, keys, Settings(lease_seconds=0.02)).announce(facts("silent"))
+    await Registry(redis, keys, Settings(announce_seconds=0.01)).announce(facts("silent"))
 
     async def gone() -> bool:
         return await registry.workers() == []

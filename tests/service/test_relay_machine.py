@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.service.relay import ending, publication, submission, token
 from tokenrelay.service.broker import connect
 from tokenrelay.service.keys import Keys
-from tokenrelay.service.messages import Event, decode_deliveries
+from tokenrelay.service.messages import Event, Submission, decode_deliveries, encode
 from tokenrelay.service.queue import Claim, Queue
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import TokenLog
@@ -48,6 +49,9 @@ class Relay(RuleBasedStateMachine):
         self.run(self.redis.xadd(self.keys.mailbox("api"), {"d": b"\x90"}, id="0-*"))
         self.run(self.redis.expire(self.keys.mailbox("api"), 600))
         self.lengths: dict[str, int] = {}  # request → tokens it will emit
+        self.submissions: dict[str, Submission] = {}
+        self.vanished: set[str] = set()  # ids in the queue whose requests expired
+        self.late: set[str] = set()  # ids whose deadline is over, which nobody has noticed yet
         self.owners: dict[str, Work] = {}  # who may write
         self.works: list[Work] = []  # whoever believes to
 
@@ -64,20 +68,36 @@ class Relay(RuleBasedStateMachine):
     def submit(self, length: int, priority: int, tenant: str) -> None:
         request = submission(f"request-{len(self.lengths)}", priority=priority, tenant=tenant, max_tokens=length + 1)
         self.lengths[request.request_id] = length
-        for _ in range(2):  # sent again after a lost reply
-            assert self.run(self.queue.submit(request, mailbox="api")).created
+        self.submit_twice(request)
 
-    @precondition(lambda self: self.lengths)
+    @precondition(lambda self: self.lengths.keys() - self.vanished)
     @rule(data=st.data())
     def submit_an_old_id(self, data: st.DataObject) -> None:
-        old = data.draw(st.sampled_from(sorted(self.lengths)))
+        old = data.draw(st.sampled_from(sorted(self.lengths.keys() - self.vanished)))
         assert not self.run(self.queue.submit(submission(old, cache_salt="other"), mailbox="api")).created
+
+    @rule(data=st.data())
+    def a_waiting_request_expires(self, data: st.DataObject) -> None:
+        """One of which nothing was emitted yet. The queue's entry outlives it."""
+        names = [name for name in self.waiting() if name not in self.vanished and not self.run(self.log.read(name))]
+        if names:
+            name = data.draw(st.sampled_from(sorted(names)))
+            self.run(self.redis.delete(self.keys.request(name)))
+            self.late.discard(name)
+            self.vanished.add(name)
+
+    @precondition(lambda self: self.vanished)
+    @rule(data=st.data(), tenant=st.sampled_from("ab"))
+    def submit_an_expired_id(self, data: st.DataObject, tenant: str) -> None:
+        name = data.draw(st.sampled_from(sorted(self.vanished)))
+        self.vanished.remove(name)
+        self.submit_twice(submission(name, tenant=tenant, max_tokens=self.lengths[name] + 1))
 
     @rule(worker_id=st.sampled_from(WORKERS), limit=st.integers(1, 3))
     def claim(self, worker_id: str, limit: int) -> None:
         for claim in self.run(self.queue.claim(worker_id, limit)):
             work = Work(worker_id, claim)
-            assert work.request_id not in self.owners
+            assert work.request_id not in self.owners.keys() | self.late
             assert claim.log == [self.output(work.request_id, i) for i in range(1, work.next)]
             self.owners[work.request_id] = work
             self.works.append(work)
@@ -116,6 +136,24 @@ class Relay(RuleBasedStateMachine):
         outcome = self.run(self.queue.cancel(name))
         assert (outcome == "running") == (name in self.owners)
 
+    @precondition(lambda self: self.lengths.keys() - self.vanished)
+    @rule(data=st.data())
+    def a_deadline_passes(self, data: st.DataObject) -> None:
+        """Of a request that waits, or is worked on, or has ended."""
+        name = data.draw(st.sampled_from(sorted(self.lengths.keys() - self.vanished)))
+        self.run(self.redis.hset(self.keys.request(name), "deadline", 1))
+        self.run(self.redis.zadd(self.keys.deadlines, {name: 1}))
+        self.late.add(name)
+
+    @rule()
+    def deadlines_are_noticed(self) -> None:
+        """What is late belongs to nobody then."""
+        self.run(self.queue.expire())
+        for name in self.late:
+            self.owners.pop(name, None)
+        self.late.clear()
+        assert self.run(self.redis.exists(self.keys.deadlines)) == 0
+
     @rule(worker_id=st.sampled_from(WORKERS))
     def renew(self, worker_id: str) -> None:
         """Of two claims of the same request a worker remembers the later one."""
@@ -124,9 +162,22 @@ class Relay(RuleBasedStateMachine):
         assert set(renewal.lost) == {name for name, work in held.items() if not self.is_owner_or_ended_it(work)}
 
     @invariant()
+    def the_load_is_what_waits(self) -> None:
+        """Not only roughly, and whoever took something out of the queue, or put it back."""
+        expected: Counter[bytes] = Counter()
+        for name in self.waiting():
+            request = self.submissions[name]
+            expected[b"tokens"] += request.cost
+            expected[b"bytes"] += len(encode(request))
+            expected[b"requests:" + request.tenant.encode()] += 1
+            expected[b"tokens:" + request.tenant.encode()] += request.cost
+        assert self.run(self.redis.hgetall(self.keys.load)) == {name: b"%d" % sum for name, sum in expected.items()}
+        assert {name.decode() for name in self.run(self.redis.hkeys(self.keys.sizes))} == set(self.waiting())
+
+    @invariant()
     def logs_are_prefixes_and_end_once(self) -> None:
         delivered = self.run(_delivered(self))
-        for name in self.lengths:
+        for name in self.lengths.keys() - self.vanished:
             entries = self.run(self.log.read(name))
             assert [index for index, _ in entries] == list(range(1, len(entries) + 1))
             assert delivered.get(name, []) == entries
@@ -135,6 +186,14 @@ class Relay(RuleBasedStateMachine):
             ended_early = events and (events[-1].error or events[-1].finish_reason == "cancelled")
             emitted = events[:-1] if ended_early else events
             assert emitted == [self.output(name, i) for i in range(1, len(emitted) + 1)]
+
+    def submit_twice(self, request: Submission) -> None:
+        self.submissions[request.request_id] = request
+        for _ in range(2):  # sent again after a lost reply
+            assert self.run(self.queue.submit(request, mailbox="api")).created
+
+    def waiting(self) -> list[str]:
+        return [name.decode() for name in self.run(self.redis.zrange(self.keys.waiting, 0, -1))]
 
     def output(self, name: str, index: int) -> Event:
         """The true output: a function of the request and the index, whoever computes it."""
@@ -166,14 +225,15 @@ class Relay(RuleBasedStateMachine):
         for worker_id in WORKERS:
             self.leases_expire(worker_id)
         self.works.clear()
+        self.deadlines_are_noticed()
         while self.run(self.queue.num_waiting()):
             self.claim("one", 3)
             while any(work.request_id in self.owners for work in self.works):
                 self.step("one", repeated=False)
         self.logs_are_prefixes_and_end_once()
-        for name in self.lengths:
+        for name in self.lengths.keys() - self.vanished:
             assert self.run(self.log.read(name))[-1][1].terminal
-        assert self.run(self.redis.zcard(self.keys.leases)) == 0
+        assert self.run(self.redis.exists(self.keys.leases, self.keys.waiting, self.keys.sizes, self.keys.load)) == 0
 
 
 async def _open(url: str) -> Any:

@@ -14,6 +14,7 @@ from tokenrelay.service.keys import Keys
 from tokenrelay.service.messages import Event, decode_deliveries
 from tokenrelay.service.queue import Claim, Queue
 from tokenrelay.service.settings import Settings
+from tokenrelay.service.terms import Terms
 from tokenrelay.service.token_log import Publication, Tail, TokenLog
 
 
@@ -144,7 +145,7 @@ class TestFinish:
     async def test_the_idempotency_key_lives_as_long_as_the_log(
         self, queue: Queue, token_log: TokenLog, redis: Redis, keys: Keys, settings: Settings
     ) -> None:
-        await queue.submit(submission("a"), mailbox="api", idempotency_key="key")
+        await queue.submit(submission("a"), mailbox="api", terms=Terms(idempotency_key="key"))
         await token_log.finish("worker", publication(await claim_one(queue), 1, ending()))
         assert 0 < await redis.ttl(keys.idempotency("default", "key")) <= settings.retention_seconds
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import socket
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Column, Table
 
 from tokenrelay import __version__
 from tokenrelay.model.weights import known_models, resolve
-from tokenrelay.service import logs
+from tokenrelay.service import dead_letters_cli, logs
+from tokenrelay.service.cli_options import with_settings
 from tokenrelay.service.embedded_valkey import EmbeddedValkeyError
+from tokenrelay.service.errors import ServiceError
 from tokenrelay.service.settings import Settings
+from tokenrelay.service.worker.role import Role, new_worker_id
 
 app = typer.Typer(
     name="tokenrelay",
@@ -33,95 +33,77 @@ app = typer.Typer(
 )
 
 _MODEL = ("model", "served_model_name", "cache_dir")
-_BROKER = ("redis_url", "lease_seconds", "max_attempts", "retention_seconds", "drain_seconds", "log_level")
+_BROKER = (
+    *("redis_url", "redis_ca_file", "lease_seconds", "announce_seconds", "max_attempts", "retention_seconds"),
+    *("drain_seconds", "log_level"),
+)
 _LIMITS = ("max_model_len", "attention_sinks")
-_HTTP = ("host", "port", "max_waiting", "max_body_bytes", "max_n", "keep_alive_seconds")
+_QUEUE = (
+    *("max_waiting", "max_waiting_tokens", "max_waiting_bytes"),
+    *("max_waiting_per_tenant", "max_waiting_tokens_per_tenant"),
+)
+_HTTP = ("host", "port", *_QUEUE, "max_body_bytes", "max_n", "keep_alive_seconds")
 _ENGINE = (
     *("worker_metrics_port", "device", "dtype", "num_threads", "kv_cache_mb", "kv_cache_dtype"),
     *("max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decodes"),
-    *("num_speculative_tokens", "enable_prefix_caching"),
+    *("num_speculative_tokens", "enable_prefix_caching", "watchdog_seconds", "workers"),
 )
+_PROCESSES = ("spare_workers", "api_workers")
 _EMBEDDED = ("data_dir", "broker_memory_mb")
 
+Inherited = Annotated[int, typer.Option(help="A file descriptor from the supervisor.", hidden=True)]
 
-def _with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option per named setting, and pass it the resulting ``Settings``."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
-
-        def run(**options: Any) -> None:
-            given = {name: options.pop(name) for name in names}
-            command(settings=_settings({k: v for k, v in given.items() if v is not None}), **options)
-
-        run.__doc__, run.__name__ = command.__doc__, command.__name__
-        run.__signature__ = inspect.Signature([*own, *map(_option, names)])  # type: ignore[attr-defined]
-        return run
-
-    return decorate
-
-
-def _option(name: str) -> inspect.Parameter:
-    """A typer option for a setting; its default stays with the setting, so that the environment can speak."""
-    setting = Settings.model_fields[name]
-    kind = setting.annotation if setting.annotation in (int, float, bool) else str
-    default = f" [default: {setting.default}]" if setting.default != "" else ""
-    option = typer.Option(help=f"{setting.description}{default}", show_default=False)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
-
-
-def _settings(options: dict[str, Any]) -> Settings:
-    try:
-        return Settings(**options)
-    except ValidationError as error:
-        for problem in error.errors():
-            field = "--" + "-".join(map(str, problem["loc"])).replace("_", "-") if problem["loc"] else "settings"
-            Console(stderr=True).print(f"[red]{field}[/red]: {problem['msg']}")
-        raise typer.Exit(2) from error
+app.add_typer(dead_letters_cli.app, name="dead")
 
 
 @app.command()
-@_with_settings(*_MODEL, *_LIMITS, *_HTTP, *_ENGINE, *_BROKER, *_EMBEDDED)
+@with_settings(*_MODEL, *_LIMITS, *_HTTP, *_ENGINE, *_PROCESSES, *_BROKER, *_EMBEDDED)
 def serve(settings: Settings) -> None:
-    """Run everything on this machine: an embedded Valkey, the API and one model worker.
+    """Run everything on this machine: an embedded Valkey, the API and the model workers.
 
-    Fetches the model if it is not there, prints the URL when it answers, and restarts what dies. Ctrl-C drains.
+    Fetches the model if it is not there, prints the URL when it answers, and restarts what dies. Ctrl-C or SIGTERM
+    drains and ends it. SIGHUP restarts the API and the workers one at a time, each when its successor is ready, so that
+    no request fails: for a new version of this package. While it lasts there is one more of each.
     """
-    from tokenrelay.service.supervisor import supervise
+    from tokenrelay.service.supervisor.supervisor import supervise
 
     logs.configure(settings.log_level, "supervisor")
     sys.exit(supervise(settings))
 
 
 @app.command()
-@_with_settings(*_MODEL, *_LIMITS, *_HTTP, *_BROKER)
-def api(
-    settings: Settings,
-    fd: Annotated[int, typer.Option(help="Listen on this inherited socket instead of host and port.")] = -1,
-) -> None:
+@with_settings(*_MODEL, *_LIMITS, *_HTTP, *_BROKER)
+def api(settings: Settings, fd: Inherited = -1, ready_fd: Inherited = -1) -> None:
     """Run one API process against `--redis-url`. It needs no torch and no GPU; run as many as you like."""
     from tokenrelay.service.api.server import run_api
 
     _require_broker(settings)
     logs.configure(settings.log_level, "api")
-    run_api(settings, sock=socket.socket(fileno=fd) if fd >= 0 else None)
+    run_api(settings, sock=_inherited(fd), ready_fd=ready_fd)
 
 
 @app.command()
-@_with_settings(*_MODEL, *_LIMITS, "host", *_ENGINE, *_BROKER)
-def worker(settings: Settings) -> None:
+@with_settings(*_MODEL, *_LIMITS, "host", *_ENGINE, *_BROKER)
+def worker(
+    settings: Settings,
+    spare: Annotated[
+        bool, typer.Option("--spare", help="Load the model, and claim requests only while fewer than `workers` live.")
+    ] = False,
+    worker_id: Annotated[str, typer.Option(help="What the broker calls it; unique for ever.", hidden=True)] = "",
+    metrics_fd: Inherited = -1,
+    ready_fd: Inherited = -1,
+) -> None:
     """Run one model worker against `--redis-url`: one per GPU, or one per machine on CPUs."""
     from tokenrelay.service.worker.main import run_worker
 
     _require_broker(settings)
     logs.configure(settings.log_level, "worker")
-    run_worker(settings)
+    role = Role(worker_id or new_worker_id(), spare)
+    run_worker(settings, role, metrics_socket=_inherited(metrics_fd), ready_fd=ready_fd)
 
 
 @app.command("pull")
-@_with_settings("cache_dir")
+@with_settings("cache_dir")
 def pull_model(
     settings: Settings,
     model: Annotated[str, typer.Argument(help="An alias that `tokenrelay models` lists, or a hub id.")],
@@ -131,7 +113,7 @@ def pull_model(
 
 
 @app.command()
-@_with_settings("cache_dir")
+@with_settings("cache_dir")
 def models(settings: Settings) -> None:
     """List the models known by a short name, and whether they are here."""
     table = Table("name", "size", "licence", Column("cached at", overflow="fold"))
@@ -148,6 +130,10 @@ def version() -> None:
     print(__version__)
 
 
+def _inherited(fd: int) -> socket.socket | None:
+    return socket.socket(fileno=fd) if fd >= 0 else None
+
+
 def _require_broker(settings: Settings) -> None:
     if not settings.redis_url:
         Console(stderr=True).print("[red]--redis-url[/red] is required here; only `serve` starts a broker of its own")
@@ -158,6 +144,6 @@ def main() -> None:
     """Entry point: an unusable option, model, port or folder is one line, not a traceback."""
     try:
         app()
-    except (ValueError, OSError, EmbeddedValkeyError) as error:
+    except (ValueError, OSError, EmbeddedValkeyError, ServiceError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
         sys.exit(1)

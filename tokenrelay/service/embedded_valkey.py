@@ -173,6 +173,14 @@ class EmbeddedValkey:
         return Redis(unix_socket_path=str(self._socket), socket_timeout=1.0, protocol=2, retry=Retry(NoBackoff(), 0))
 
 
+def url_of_running(data_dir: Path) -> str:
+    """Of the server that another process runs over ``data_dir``. Raises EmbeddedValkeyError if there is none."""
+    path = _socket_directory(data_dir.expanduser().resolve()) / "valkey.sock"
+    if not path.is_socket():
+        raise EmbeddedValkeyError(f"No broker runs over {data_dir}; give --redis-url, or the --data-dir of `serve`.")
+    return f"unix://{path}"
+
+
 def _socket_directory(data_dir: Path) -> Path:
     """Below the data, unless that path is too long for a socket."""
     directory = data_dir / "run"

@@ -10,11 +10,13 @@
     │   ├── RequestTimeout           408 invalid_request_error  request_timeout
     │   ├── RequestTooLarge          413 invalid_request_error  request_too_large
     │   ├── UnsupportedMediaType     415 invalid_request_error  unsupported_media_type
+    │   ├── IdempotencyKeyReused     422 invalid_request_error  idempotency_key_reused
     │   ├── NotFoundError            404 invalid_request_error  not_found / model_not_found
     │   └── Cancelled                499 invalid_request_error  cancelled
-    ├── RateLimited                  429 rate_limit_error       slow_down               retryable
+    ├── RateLimited                  429 rate_limit_error       rate_limit_exceeded     retryable
     ├── Unavailable                  503 server_error                                   retryable
     │   ├── QueueFull                503 server_error           server_is_overloaded    retryable
+    │   ├── DeadlineUnreachable      503 server_error           deadline_unreachable    retryable
     │   ├── BrokerUnavailable        503 server_error           broker_unavailable      retryable
     │   └── NoWorker                 503 server_error           no_worker               retryable
     ├── DeadlineExceeded             504 server_error           deadline_exceeded
@@ -90,6 +92,13 @@ class UnsupportedMediaType(InvalidRequestError):
     code = "unsupported_media_type"
 
 
+class IdempotencyKeyReused(InvalidRequestError):
+    """422 as in the IETF's draft of the header: clients retry a 409, and this one would never succeed."""
+
+    status = 422
+    code = "idempotency_key_reused"
+
+
 class NotFoundError(InvalidRequestError):
     status = 404
     code = "not_found"
@@ -105,7 +114,7 @@ class Cancelled(InvalidRequestError):
 class RateLimited(ServiceError):
     status = 429
     type = "rate_limit_error"
-    code = "slow_down"
+    code = "rate_limit_exceeded"
     retryable = True
 
 
@@ -117,6 +126,12 @@ class Unavailable(ServiceError):
 
 class QueueFull(Unavailable):
     code = "server_is_overloaded"
+
+
+class DeadlineUnreachable(Unavailable):
+    """The queue is too long for the request to be begun in time."""
+
+    code = "deadline_unreachable"
 
 
 class BrokerUnavailable(Unavailable):

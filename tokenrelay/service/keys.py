@@ -11,31 +11,47 @@ from urllib.parse import quote
 LIVE_TTL = 24 * 3600  # seconds; an unfinished request nobody works on or waits for may not stay for ever
 MAILBOX_TTL = 60  # seconds; a dead API process's mailbox goes away, a paused one's survives
 MAILBOX_ENTRIES = 1024  # about ten seconds of engine steps: a reader further behind reads the log instead
-DEAD_ENTRIES = 100  # dead letters carry their payload, so few are kept
+DEAD_ENTRIES = 100  # dead letters carry their payload, so few are kept …
+DEAD_TTL = 7 * 24 * 3600  # … and not for long
+DRAIN_WINDOW_MS = 60_000  # of waiting: how far back "how fast the queue drains" looks
 
-LUA_CONSTANTS = {name: globals()[name] for name in ("LIVE_TTL", "MAILBOX_ENTRIES", "DEAD_ENTRIES")}
+TIMELINE_BYTES = 4096  # of one request: some hundred entries, so that endless preemptions cannot fill the broker
+EXPIRY_BATCH = 64  # requests ended per call when their deadlines have passed: meanwhile the broker serves nobody else
+
+LUA_CONSTANTS = {
+    name: globals()[name]
+    for name in (
+        *("LIVE_TTL", "MAILBOX_ENTRIES", "DEAD_ENTRIES", "DEAD_TTL", "DRAIN_WINDOW_MS"),
+        *("TIMELINE_BYTES", "EXPIRY_BATCH"),
+    )
+}
 
 
 class Keys:
-    """The keys of one model. ``waiting``, ``leases``, ``fair``, ``dead`` and ``workers`` are permanent and bounded;
-    every other key has a TTL."""
+    """The keys of one model. Those that ``permanent`` lists are bounded; every other key has a TTL."""
 
     def __init__(self, model: str) -> None:
         self.prefix = f"tokenrelay:{{{quote(model, safe='')}}}:"
         self.waiting = self.prefix + "waiting"  # sorted set: id by priority class, then virtual finish time
         self.leases = self.prefix + "leases"  # sorted set: id by lease expiry, milliseconds of Redis TIME
+        self.deadlines = self.prefix + "deadlines"  # sorted set: unfinished id by deadline, milliseconds of Redis TIME
         self.fair = self.prefix + "fair"  # sorted set: virtual finish time per tenant, and the virtual clock
-        self.dead = self.prefix + "dead"  # stream: requests no worker survived or could read
+        self.dead = self.prefix + "dead"  # stream: requests no worker survived or could read (DEAD_TTL)
+        self.sizes = self.prefix + "sizes"  # hash: tenant, tokens and bytes of each id that waits
+        self.load = self.prefix + "load"  # hash: sums over the sizes, altogether and per tenant
+        self.drain = self.prefix + "drain"  # hash: how fast the queue drains, and since when anything waits
         self.workers = self.prefix + "workers"  # sorted set: worker id by expiry of its announcement
-        self.wakeup = self.prefix + "wakeup"  # pub/sub channel: "submit" and "cancel <id>"; may lose messages
+        self.wakeup = self.prefix + "wakeup"  # pub/sub channel: "submit", "cancel <id>" and "drop <id>"; may lose some
 
     @property
     def permanent(self) -> frozenset[str]:
         """The only keys without a TTL."""
-        return frozenset({self.waiting, self.leases, self.fair, self.dead, self.workers})
+        return frozenset(
+            {self.waiting, self.sizes, self.load, self.drain, self.leases, self.deadlines, self.fair, self.workers}
+        )
 
     def request(self, request_id: str) -> str:
-        """Hash: payload, state, owner, epoch, attempts, next, mailboxes … (LIVE_TTL, then the retention)."""
+        """Hash: payload, state, owner, epoch, attempts, next, mailboxes, timeline … (LIVE_TTL, then the retention)."""
         return f"{self.prefix}request:{request_id}"
 
     def log(self, request_id: str) -> str:

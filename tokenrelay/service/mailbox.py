@@ -60,24 +60,30 @@ class Mailbox:
 
     async def _start_over(self) -> None:
         """Continue at the newest entry, and read what came before from the logs."""
-        self._read = await self._open()
+        self._read, _ = await self._open()
         self._catch_up()
 
     async def _renew(self) -> None:
-        """Keep the stream alive. A broker that lost data counts its entries from an earlier number."""
-        if time.monotonic() >= self._renew_at and await self._open() < self._read:
+        """Keep the stream alive. A broker that lost data has none, or counts its entries from an earlier number."""
+        if time.monotonic() < self._renew_at:
+            return
+        newest, created = await self._open()
+        if created or newest < self._read:
             await self._start_over()
 
-    async def _open(self) -> int:
-        newest = await self._scripts.call("open_mailbox", [self._key], MAILBOX_TTL)
+    async def _open(self) -> tuple[int, bool]:
+        """The number of its newest entry, and whether there was none."""
+        newest, created = await self._scripts.call("open_mailbox", [self._key], MAILBOX_TTL)
         self._renew_at = time.monotonic() + MAILBOX_TTL / 4
-        return int(newest)
+        return int(newest), bool(created)
 
     @broker_errors()
     async def _deliver_next(self) -> None:
         reply: Any = await self._blocking_redis.xread(
             {self._key: f"0-{self._read}"}, count=ENTRIES_PER_READ, block=int(BLOCK_SECONDS * 1000)
         )
+        if not reply:
+            self._renew_at = 0.0  # is it still there?
         for entry_id, fields in reply[0][1] if reply else ():
             number = _number(entry_id)
             if number != self._read + 1:
@@ -118,6 +124,7 @@ class Subscription:
 
     def __init__(self, mailbox: Mailbox, token_log: TokenLog, request_id: str, after: int | None) -> None:
         self.request_id = request_id
+        self.remaining: float | None = None  # seconds until its deadline, as of entering
         self._mailbox = mailbox
         self._token_log = token_log
         self._resumed = after is not None
@@ -177,6 +184,8 @@ class Subscription:
         except BaseException:
             self._mailbox.discard(self)
             raise
+        self.remaining = tail.remaining
+        self._next = min(self._next, tail.last + 1)  # whoever claims to have seen more gets what comes next
         self._ended = tail.finished and self._next > tail.last
 
     async def _read_log(self) -> None:

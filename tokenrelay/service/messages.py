@@ -11,6 +11,7 @@ import msgspec
 from tokenrelay.model.sampling_params import SamplingParams, TokenLogprobs
 
 VERSION = 1
+DEFAULT_TENANT = "default"
 
 
 class MessageError(ValueError):
@@ -27,12 +28,12 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     cache_salt: str = ""
     priority: int = 0
     skip_special_tokens: bool = True
     prompt_only: bool = False
-    version: int = VERSION
+    version: int = msgspec.field(default_factory=lambda: VERSION)  # a factory, or it would be left out when encoded
 
     @property
     def cost(self) -> int:
@@ -97,17 +98,29 @@ class Delivery(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a model worker announces of itself, renewed with every heartbeat."""
+    """What a model worker announces of itself, several times a lease.
+
+    ``stalled``: its engine has been at one step for far longer than usual. ``spare``: it claims nothing while enough
+    others live. ``protocol`` is the newest version of a submission it can read.
+    """
 
     worker_id: str
     model: str
     max_model_len: int
-    step_counter: int  # grows while the engine lives; readiness is read from its progress
+    step_counter: int  # grows while the engine lives
     num_requests_running: int = 0
     num_requests_waiting: int = 0
     kv_cache_usage: float = 0.0
     draining: bool = False
+    stalled: bool = False
+    spare: bool = False
     version: str = ""
+    protocol: int = msgspec.field(default_factory=lambda: VERSION)
+
+    @property
+    def active(self) -> bool:
+        """Whether it takes new requests, and works on them."""
+        return not (self.draining or self.stalled or self.spare)
 
 
 _encoder = msgspec.msgpack.Encoder()

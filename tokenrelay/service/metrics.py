@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+
+from tokenrelay.service.load import Load
+from tokenrelay.service.settings import shared_metrics_folder
 
 LATENCY_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75),
@@ -29,12 +33,16 @@ def new_registry() -> CollectorRegistry:
 
 
 class ApiMetrics:
-    """What a client sees: counted where it is seen."""
+    """What a client sees: counted where it is seen, and added up over the API processes of a machine.
+
+    Their gauges are the same queue's, so the largest counts; only requests in flight are added up.
+    """
 
     def __init__(self, registry: CollectorRegistry, model: str) -> None:
         self.registry = registry
         counter = _of(Counter, registry, model)
-        gauge = _of(Gauge, registry, model)
+        gauge = _of(Gauge, registry, model, multiprocess_mode="livemax")
+        sum_gauge = _of(Gauge, registry, model, multiprocess_mode="livesum")
         latency = _of(Histogram, registry, model, buckets=LATENCY_BUCKETS)
         tokens = _of(Histogram, registry, model, buckets=TOKEN_BUCKETS)
         self._outcomes = Counter(
@@ -53,11 +61,20 @@ class ApiMetrics:
             self._outcomes.labels(model, code)
         self._model = model
         self.requests_accepted = counter("tokenrelay_requests_accepted", "Requests that entered the queue.")
-        self.requests_in_flight = gauge(
+        self.requests_in_flight = sum_gauge(
             "tokenrelay_requests_in_flight", "Accepted requests of this process that have not ended."
         )
         self.num_requests_waiting = gauge(
             "tokenrelay_num_requests_waiting", "Requests in the queue, not yet claimed by a worker."
+        )
+        self.num_tokens_waiting = gauge("tokenrelay_num_tokens_waiting", "Tokens they ask for, prompts included.")
+        self.waiting_bytes = gauge("tokenrelay_waiting_bytes", "Memory they take in the broker.")
+        self.estimated_wait = gauge(
+            "tokenrelay_estimated_wait_seconds",
+            "Until all that waits is worked on, at the measured rate; infinite at a standstill.",
+        )
+        self.streams_joined = counter(
+            "tokenrelay_streams_joined", "Requests read again: by their id, or by a repeated Idempotency-Key."
         )
         self.prompt_tokens = counter("tokenrelay_prompt_tokens", "Prompt tokens of accepted requests.")
         self.generation_tokens = counter("tokenrelay_generation_tokens", "Tokens delivered to clients.")
@@ -77,8 +94,23 @@ class ApiMetrics:
         """Count one terminal event: a finish reason, ``cancelled``, or an error's code."""
         self._outcomes.labels(self._model, outcome).inc()
 
+    def note_load(self, load: Load) -> None:
+        """What waits now, by the broker's books."""
+        self.num_requests_waiting.set(load.num_requests)
+        self.num_tokens_waiting.set(load.num_tokens)
+        self.waiting_bytes.set(load.num_bytes)
+        self.estimated_wait.set(load.estimated_wait)
+
     def refused(self, code: str) -> None:
         self._refusals.labels(self._model, code).inc()
+
+    def exposition(self) -> bytes:
+        """Prometheus' text format."""
+        registry = self.registry
+        if shared_metrics_folder():
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
 
 
 class WorkerMetrics:

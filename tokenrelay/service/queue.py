@@ -16,9 +16,16 @@ from typing import NamedTuple, cast
 from redis.asyncio import Redis
 
 from tokenrelay.model.sampling_params import FinishReason
-from tokenrelay.service.broker import BLOCK_SECONDS, RETRY_AFTER, broker_errors
-from tokenrelay.service.errors import BrokerUnavailable, QueueFull, ServiceError, WorkerLost
+from tokenrelay.service.broker import BLOCK_SECONDS, broker_errors
+from tokenrelay.service.errors import (
+    BrokerUnavailable,
+    DeadlineExceeded,
+    IdempotencyKeyReused,
+    ServiceError,
+    WorkerLost,
+)
 from tokenrelay.service.keys import Keys
+from tokenrelay.service.load import QueueLoad
 from tokenrelay.service.lua import Scripts, packed
 from tokenrelay.service.messages import (
     Error,
@@ -31,6 +38,7 @@ from tokenrelay.service.messages import (
     encode,
 )
 from tokenrelay.service.settings import Settings
+from tokenrelay.service.terms import NO_TERMS, Terms
 from tokenrelay.service.token_log import Publication, TokenLog
 
 RECLAIM_BATCH = 64  # leases per call: meanwhile the broker serves nobody else
@@ -65,6 +73,7 @@ class CancelOutcome(StrEnum):
     RUNNING = "running"  # its worker was told
     FINISHED = "finished"
     UNKNOWN = "unknown"
+    READ = "read"  # elsewhere, so it goes on
 
 
 class Renewal(NamedTuple):
@@ -101,33 +110,42 @@ class Queue:
         self._keys = keys
         self._scripts = Scripts(redis, keys)
         self._token_log = TokenLog(redis, keys, settings)
-        self._max_waiting = settings.max_waiting
+        self.load = QueueLoad(redis, keys, settings)
         self._max_attempts = settings.max_attempts
         self._lease_ms = int(settings.lease_seconds * 1000)
         self._retention_ms = int(settings.retention_seconds * 1000)
         self._claiming = asyncio.Lock()
         self._claim_token = uuid.uuid4().hex
 
-    async def submit(self, submission: Submission, *, mailbox: str, idempotency_key: str | None = None) -> Submitted:
-        """Accept a request, once per id and idempotency key. Raises QueueFull."""
+    async def submit(self, submission: Submission, *, mailbox: str, terms: Terms = NO_TERMS) -> Submitted:
+        """Accept a request, once per id and idempotency key. Raises QueueFull, RateLimited or
+        IdempotencyKeyReused."""
         keys = self._keys
-        request = keys.request(submission.request_id)
-        repeat = keys.idempotency(submission.tenant, idempotency_key) if idempotency_key else request
-        status, position, request_id = await self._scripts.call(
+        request, key = keys.request(submission.request_id), terms.idempotency_key
+        repeat = keys.idempotency(submission.tenant, key) if key else request
+        reply = await self._scripts.call(
             "submit",
             [request, keys.waiting, keys.leases, keys.fair, repeat],
             *(submission.request_id, encode(submission), mailbox, submission.tenant),
-            *(submission.cost, submission.priority, self._max_waiting),
+            *(submission.cost, submission.priority, self.load.limits),
+            terms.encoded,
         )
-        if status == b"full":
-            raise QueueFull(f"{position} requests are waiting already; try again shortly.", retry_after=RETRY_AFTER)
+        status, position, request_id, *_ = reply
+        if status == b"mismatch":
+            raise IdempotencyKeyReused("This Idempotency-Key stands for another request; use a new key for this body.")
+        if status == b"refused":
+            raise self.load.refusal(reply)
         return Submitted(position, status == b"created", request_id.decode())
 
-    async def claim(self, worker_id: str, limit: int) -> list[Claim]:
-        """Lease up to ``limit`` requests, in the queue's order. Those that need no work are ended on the way."""
+    async def claim(self, worker_id: str, limit: int, *, unsuspected: bool = True) -> list[Claim]:
+        """Lease up to ``limit`` requests, in the queue's order. Those that need no work are ended on the way.
+
+        One on its last attempt comes alone, and only if the worker is ``unsuspected``: if all it holds made progress.
+        """
         keys = [self._keys.waiting, self._keys.leases, self._keys.fair, self._keys.claim(worker_id)]
         async with self._claiming:
-            reply = await self._scripts.call("claim", keys, worker_id, limit, self._lease_ms, self._claim_token)
+            arguments = (limit, self._lease_ms, self._claim_token, self._max_attempts, int(unsuspected))
+            reply = await self._scripts.call("claim", keys, worker_id, *arguments)
             claims = [await self._open(worker_id, _Leased(*fields)) for fields in reply]
             self._claim_token = uuid.uuid4().hex  # only now: after a failure the same requests must be found again
         return [claim for claim in claims if claim]
@@ -150,20 +168,40 @@ class Queue:
             reclaimed += [name.decode() for name in names]
         return reclaimed
 
+    async def evict(self, worker_id: str) -> list[str]:
+        """Reclaim at once from a worker that is known to be dead: its leases need not run out. The fence holds anyway.
+
+        Returns the ids reclaimed.
+        """
+        keys = [self._keys.leases, self._keys.workers, self._keys.worker(worker_id), self._keys.claim(worker_id)]
+        await self._scripts.call("evict", keys, worker_id)
+        return await self.reclaim()
+
     async def release(self, worker_id: str, request_id: str, epoch: int) -> None:
         """Hand a request back, with its log, to whoever claims next. Does not count as an attempt."""
         await self._scripts.call("release", [self._keys.leases, self._keys.waiting], worker_id, request_id, epoch)
 
-    async def cancel(self, request_id: str) -> CancelOutcome:
-        """End a waiting request, or tell the worker of a running one. May be repeated."""
+    async def cancel(self, request_id: str, *, gone: str = "") -> CancelOutcome:
+        """End a waiting request, or tell the worker of a running one. May be repeated.
+
+        ``gone`` names the mailbox of an API process whose readers have left: if another's still read, nothing happens.
+        """
         keys = [self._keys.waiting, self._keys.leases]
         next_index, events = 0, list[Event]()
         while True:
             ending = encode([packed(encode(event)) for event in events])
-            outcome = await self._scripts.call("cancel", keys, request_id, next_index, ending, self._retention_ms)
+            arguments = (request_id, next_index, ending, self._retention_ms, gone)
+            outcome = await self._scripts.call("cancel", keys, *arguments)
             if outcome != b"changed":
                 return CancelOutcome(outcome.decode())
             next_index, events = await self._cancellation(request_id)
+
+    async def expire(self, request_id: str = "") -> float | None:
+        """End whatever is past its deadline. Returns the seconds that this request has left, if it has a deadline."""
+        late = encode(_failure(DeadlineExceeded("The request was not done before its deadline.")))
+        keys = [self._keys.waiting, self._keys.leases]
+        remaining_ms = await self._scripts.call("expire", keys, request_id, late, self._retention_ms)
+        return remaining_ms / 1000 if remaining_ms >= 0 else None
 
     @broker_errors()
     async def num_waiting(self) -> int:
@@ -175,7 +213,7 @@ class Queue:
         return cast(int | None, await self._redis.zrank(self._keys.waiting, request_id))
 
     async def wakeups(self) -> AsyncGenerator[str, None]:
-        """``submit`` and ``cancel <id>`` as they happen. May lose some: claim and renew tell the same, later."""
+        """``submit``, ``cancel <id>`` and ``drop <id>`` as they happen. May lose some: claim and renew tell later."""
         while True:
             with suppress(BrokerUnavailable):
                 async for message in self._listen():

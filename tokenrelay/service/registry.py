@@ -13,19 +13,22 @@ from tokenrelay.service.lua import Scripts
 from tokenrelay.service.messages import MessageError, WorkerFacts, decode_facts, encode
 from tokenrelay.service.settings import Settings
 
+MISSED_ANNOUNCEMENTS = 3  # so many in a row, and the worker counts as absent
+
 
 class Registry:
-    """The workers of one model. An announcement lives for one lease; it is renewed with every heartbeat."""
+    """The workers of one model, each as it announced itself last. Whoever falls silent is gone long before its leases:
+    announcements cost nothing to renew, a request handed on too early would be computed twice."""
 
     def __init__(self, redis: Redis, keys: Keys, settings: Settings) -> None:
         self._redis = redis
         self._keys = keys
         self._scripts = Scripts(redis, keys)
-        self._lease_ms = int(settings.lease_seconds * 1000)
+        self._lifetime_ms = int(MISSED_ANNOUNCEMENTS * settings.announce_seconds * 1000)
 
     async def announce(self, facts: WorkerFacts) -> None:
         keys = [self._keys.worker(facts.worker_id), self._keys.workers]
-        await self._scripts.call("announce", keys, facts.worker_id, encode(facts), self._lease_ms)
+        await self._scripts.call("announce", keys, facts.worker_id, encode(facts), self._lifetime_ms)
 
     @broker_errors()
     async def withdraw(self, worker_id: str) -> None:
@@ -47,3 +50,7 @@ class Registry:
             with suppress(MessageError):
                 live.append(decode_facts(announcement))
         return live
+
+    async def num_active(self) -> int:
+        """How many workers take new requests, the spare ones not counted."""
+        return sum(worker.active for worker in await self.workers())

@@ -13,6 +13,8 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+LAST_PORT = 65535
+
 
 class Settings(BaseSettings):
     """All of it, with the defaults of a small deployment on one machine."""
@@ -25,16 +27,31 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(Path("~/.cache/tokenrelay"), description="Where pulled models are kept.")
 
     # where things listen
-    redis_url: str = Field("", description="Valkey or Redis; empty: `serve` starts an embedded one.")
+    redis_url: str = Field(
+        "",
+        description="Valkey or Redis: `redis://`, `rediss://` (TLS), `unix://` or `redis+sentinel://host:port,…/name`; "
+        "empty: `serve` starts an embedded one.",
+    )
+    redis_ca_file: str = Field("", description="Certificate authority of a `rediss://` broker; empty: the system's.")
     data_dir: Path = Field(
         Path("~/.local/state/tokenrelay"), description="Where the embedded Valkey keeps its append-only file."
     )
     broker_memory_mb: int = Field(256, ge=16, description="Memory cap of the embedded Valkey (noeviction).")
     host: str = Field("127.0.0.1", description="Address of the HTTP server.")
-    port: int = Field(8000, ge=0, le=65535, description="Port of the HTTP server; 0 picks a free one.")
+    port: int = Field(8000, ge=0, le=LAST_PORT, description="Port of the HTTP server; 0 picks a free one.")
     worker_metrics_port: int = Field(
-        8001, ge=0, le=65535, description="Port of a model worker's /metrics; 0 picks one."
+        8001,
+        ge=0,
+        le=LAST_PORT,
+        description="Port of the first model worker's /metrics, the next ones follow; 0: free ones.",
     )
+
+    # how many processes `serve` keeps running
+    workers: int = Field(1, ge=1, description="Model workers that claim requests; each takes the memory of a model.")
+    spare_workers: int = Field(
+        0, ge=0, description="Further workers with the model loaded, which claim only while fewer than `workers` live."
+    )
+    api_workers: int = Field(1, ge=1, description="API processes that share the port.")
 
     # the engine
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the network runs: auto, cpu or cuda.")
@@ -60,9 +77,33 @@ class Settings(BaseSettings):
 
     # the relay
     lease_seconds: float = Field(5.0, gt=0, description="A worker silent for this long loses its requests to another.")
+    announce_seconds: float = Field(
+        0.5, gt=0, description="A worker says this often that it lives; three times missing, and it counts as gone."
+    )
+    watchdog_seconds: float = Field(
+        120.0, ge=0, description="A worker whose engine needs this long for one step ends itself; 0: it never does."
+    )
     max_attempts: int = Field(3, ge=1, description="Workers a request may kill before it is a dead letter.")
     max_waiting: int = Field(1024, ge=1, description="Requests that may wait; more are answered 503.")
+    max_waiting_tokens: int = Field(
+        1 << 24, ge=0, description="Tokens they may ask for, prompts included; more are answered 503; 0: any number."
+    )
+    max_waiting_bytes: int = Field(
+        64 << 20, ge=0, description="Memory they may take in the broker; more are answered 503; 0: any amount."
+    )
+    max_waiting_per_tenant: int = Field(
+        0, ge=0, description="Requests of one tenant that may wait; more are answered 429; 0: any number."
+    )
+    max_waiting_tokens_per_tenant: int = Field(
+        0, ge=0, description="Tokens that one tenant's may ask for; more are answered 429; 0: any number."
+    )
     retention_seconds: float = Field(300.0, gt=0, description="How long a finished request's log can be read.")
+    request_timeout_seconds: float = Field(
+        0.0, ge=0, le=86400, description="A request's deadline, queue and run together, if it names none; 0: none."
+    )
+    disconnect_grace_seconds: float = Field(
+        0.0, ge=0, description="How long a client may be gone before its request is cancelled."
+    )
     drain_seconds: float = Field(30.0, ge=0, description="How long running streams may finish after SIGTERM.")
 
     # what a client may send
@@ -86,7 +127,18 @@ class Settings(BaseSettings):
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}): every running request needs one token a step"
             )
+        if self.worker_metrics_ports[-1] > LAST_PORT:
+            raise ValueError(
+                f"worker_metrics_port ({self.worker_metrics_port}) leaves no ports for workers ({self.workers}) "
+                f"and spare_workers ({self.spare_workers}), which take the next ones up to {LAST_PORT}"
+            )
         return self
+
+    @property
+    def worker_metrics_ports(self) -> list[int]:
+        """Of ``serve``'s workers, the spare ones last: one after the other from the first on, or free ones."""
+        first, number = self.worker_metrics_port, self.workers + self.spare_workers
+        return list(range(first, first + number)) if first else [0] * number
 
     def as_environment(self) -> dict[str, str]:
         """The environment of a child process with these settings, on top of this one's."""
@@ -95,5 +147,10 @@ class Settings(BaseSettings):
 
     @property
     def heartbeat_seconds(self) -> float:
-        """Leases and announcements are renewed at a quarter of the lease."""
+        """Leases are renewed at a quarter of the lease."""
         return self.lease_seconds / 4
+
+
+def shared_metrics_folder() -> str:
+    """Where several API processes keep their metrics together; prometheus-client reads the same variable."""
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR", "")

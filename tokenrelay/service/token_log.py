@@ -5,7 +5,7 @@ Event i of a request is entry ``i-0`` of its log, counted from 1. What a client 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,11 +29,22 @@ class Publication:
     events: list[Event]
 
 
+class Progress(NamedTuple):
+    """Of a request that a worker holds under ``epoch``. ``running`` is false while it waits inside the engine."""
+
+    epoch: int
+    num_computed_prompt_tokens: int
+    num_preemptions: int
+    running: bool
+    num_cached_prompt_tokens: int = 0  # of the computed ones: found in the prefix cache
+
+
 class Tail(NamedTuple):
-    """How far a log reaches, and whether it is complete."""
+    """How far a log reaches, whether it is complete, and the seconds until the request's deadline, if it has one."""
 
     last: int
     finished: bool
+    remaining: float | None = None
 
 
 class TokenLog:
@@ -59,6 +70,11 @@ class TokenLog:
             await self._scripts.call("finish", keys, worker_id, encode(_pack(publication)), self._retention_ms, bury)
         )
 
+    async def report(self, worker_id: str, progress: Mapping[str, Progress]) -> None:
+        """What there is to tell of requests before their next event, by id. Of those that are lost it is ignored."""
+        reports = [(request_id, *map(int, news)) for request_id, news in progress.items()]
+        await self._scripts.call("report", [self._keys.leases], worker_id, encode(reports))
+
     @broker_errors()
     async def read(self, request_id: str, after: int = 0, *, limit: int | None = None) -> list[tuple[int, Event]]:
         """The events behind index ``after``. Raises NotFoundError for a request that is unknown or forgotten."""
@@ -75,7 +91,8 @@ class TokenLog:
         found = await self._scripts.call("follow", [self._keys.request(request_id)], request_id, mailbox)
         if found is None:
             raise _unknown(request_id)
-        return Tail(last=int(found[1]), finished=found[0] == b"finished")
+        state, last, remaining_ms = found
+        return Tail(last, state == b"finished", remaining_ms / 1000 if remaining_ms >= 0 else None)
 
 
 def index_of(entry_id: bytes) -> int:

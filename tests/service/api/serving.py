@@ -138,6 +138,7 @@ class PacedWorker:
     model: str
     length: int = 8
     pace: float = 0.001
+    slots: int = 64  # requests at a time
     error: Error | None = None  # instead of the third token
     announced: bool = True
     draining: bool = False
@@ -146,17 +147,21 @@ class PacedWorker:
     gate: asyncio.Event = field(default_factory=asyncio.Event)  # the first token waits for it
     claims: list[Claim] = field(default_factory=list)
     cancelled: dict[str, float] = field(default_factory=dict)  # when, by id
+    lost: set[str] = field(default_factory=set)  # ids
+    held: dict[str, int] = field(default_factory=dict)  # id → epoch, until it ended
     steps: int = 0
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 await self.announce()
-                for claim in await self.queue.claim("paced", 64):
+                for claim in await self.queue.claim("paced", self.slots - len(self.held)):
                     self.claims.append(claim)
+                    self.held[claim.submission.request_id] = claim.epoch
                     tasks.create_task(self._serve(claim))
-                held = {claim.submission.request_id: claim.epoch for claim in self.claims}
-                for request_id in (await self.queue.renew("paced", held)).cancelled:
+                renewal = await self.queue.renew("paced", self.held)
+                self.lost |= set(renewal.lost)
+                for request_id in renewal.cancelled:
                     self.cancelled.setdefault(request_id, time.monotonic())
                 await asyncio.sleep(0.003)
 
@@ -176,6 +181,10 @@ class PacedWorker:
 
     async def _serve(self, claim: Claim) -> None:
         await self.gate.wait()
+        await self._emit(claim)
+        del self.held[claim.submission.request_id]
+
+    async def _emit(self, claim: Claim) -> None:
         log: list[Event] = []
         for i in range(self.length):
             for choice in range(claim.submission.params.n):

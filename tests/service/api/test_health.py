@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -16,11 +17,11 @@ from openai import AsyncOpenAI
 
 from tests.service.api.serving import Endpoint, Server, api_process, serving, words, working
 from tokenrelay import __version__
-from tokenrelay.service.api.readiness import STALL_LEASES, Readiness
+from tokenrelay.service.api.readiness import Readiness
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.broker import connect
 from tokenrelay.service.embedded_valkey import EmbeddedValkey
-from tokenrelay.service.messages import WorkerFacts
+from tokenrelay.service.messages import VERSION, WorkerFacts
 from tokenrelay.service.registry import Registry
 from tokenrelay.service.settings import Settings
 
@@ -54,27 +55,33 @@ async def test_a_request_without_a_worker_waits_for_one(server: Server, client: 
         assert (await asking).choices[0].text == words(8)
 
 
-class _Silent(Registry):
-    """One worker whose engine hangs while its heartbeat goes on."""
-
-    def __init__(self) -> None:
-        self.facts = WorkerFacts(
-            worker_id="w", model="m", max_model_len=1, step_counter=7, num_requests_running=1, num_requests_waiting=0
-        )
+class _Announced(Registry):
+    def __init__(self, *workers: WorkerFacts) -> None:
+        self.announced = list(workers)
 
     async def workers(self) -> list[WorkerFacts]:
-        return [self.facts]
+        return self.announced
 
 
-async def test_an_engine_that_stands_still_is_not_ready_however_often_it_says_hello() -> None:
-    registry = _Silent()
-    now = 0.0
-    readiness = Readiness(registry, Settings(lease_seconds=5), clock=lambda: now)
-    assert await readiness.observe() is None
-    now += STALL_LEASES * 5 + 1
-    assert await readiness.observe() == "every worker is draining or makes no progress"
-    registry.facts = WorkerFacts(worker_id="w", model="m", max_model_len=1, step_counter=8, num_requests_running=1)
-    assert await readiness.observe() is None
+def facts(**fields: Any) -> WorkerFacts:
+    return WorkerFacts(worker_id="w", model="m", max_model_len=1, step_counter=7, **fields)
+
+
+@pytest.mark.parametrize(
+    ("workers", "reason"),
+    [
+        ([facts()], None),
+        ([facts(spare=True)], None),
+        ([], "no worker is running"),
+        ([facts(draining=True), facts(stalled=True)], "every worker is draining or makes no progress"),
+        ([facts(draining=True), facts()], None),
+        ([facts(protocol=VERSION - 1)], "every worker is older than this server"),
+        ([facts(protocol=VERSION - 1), facts(protocol=VERSION + 1)], None),
+    ],
+)
+async def test_ready_is_what_workers_say_of_themselves(workers: list[WorkerFacts], reason: str | None) -> None:
+    """However often it says hello, a worker whose engine hangs says so as well."""
+    assert await Readiness(_Announced(*workers)).observe() == reason
 
 
 async def test_a_dead_broker_is_503_with_retry_after_and_the_server_recovers(

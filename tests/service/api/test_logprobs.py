@@ -12,8 +12,9 @@ from openai import AsyncOpenAI
 from tests.service.api.serving import PacedWorker, Server, sse_events, words
 from tokenrelay.model.sampling_params import SamplingParams, TokenLogprobs
 from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.service.api.answer_specs import answer_specs
 from tokenrelay.service.api.choices import Finished, Output, Step
-from tokenrelay.service.api.completions import CompletionFormat
+from tokenrelay.service.api.completion_format import CompletionFormat
 from tokenrelay.service.api.logprobs import LogprobsFormat
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
@@ -36,12 +37,20 @@ def tokenizer(loaded_model: ServedModel) -> Tokenizer:
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
+def prompt_of(*token_ids: int) -> Submission:
+    return Submission(request_id="r", prompt_token_ids=list(token_ids), params=SamplingParams(max_tokens=9))
+
+
 def chat_format(tokenizer: Tokenizer, **fields: Any) -> LogprobsFormat:
-    return LogprobsFormat(ChatCompletionRequest(model="m", messages=QUESTION, logprobs=True, **fields), tokenizer)
+    body = ChatCompletionRequest(model="m", messages=QUESTION, logprobs=True, **fields)
+    [spec] = answer_specs(body, [prompt_of(1)], tokenizer)
+    return LogprobsFormat(spec, tokenizer)
 
 
 def completion_format(tokenizer: Tokenizer, **fields: Any) -> LogprobsFormat:
-    return LogprobsFormat(CompletionRequest(model="m", prompt="p", **fields), tokenizer)
+    body = CompletionRequest(model="m", prompt="p", **fields)
+    [spec] = answer_specs(body, [prompt_of(1)], tokenizer)
+    return LogprobsFormat(spec, tokenizer)
 
 
 def test_a_part_of_a_character_has_its_exact_bytes(tokenizer: Tokenizer) -> None:
@@ -76,8 +85,8 @@ def answered(tokenizer: Tokenizer, prompt: str | list[int], outputs: Sequence[Ou
     """The choice that the outputs make, streamed and at once: both must be the same."""
     body = CompletionRequest(model="m", prompt=prompt, logprobs=0, **fields)
     ids = tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
-    submission = Submission(request_id="r", prompt_token_ids=ids, params=SamplingParams(max_tokens=9))
-    streaming, whole = (CompletionFormat(body, [submission], tokenizer, "r") for _ in range(2))
+    specs = answer_specs(body, [prompt_of(*ids)], tokenizer)
+    streaming, whole = (CompletionFormat(specs, tokenizer, "r") for _ in range(2))
     chunks = [chunk.choices[0].model_dump() for output in outputs for chunk in streaming.chunks(Step(1, output))]
     everything = Output(
         0,
@@ -140,11 +149,11 @@ def test_special_tokens_have_a_place_but_no_width(tokenizer: Tokenizer) -> None:
     [eos, *_] = tokenizer.eos_token_ids
     [once] = tokenizer.encode("Once", add_special_tokens=False)
     body = CompletionRequest(model="m", prompt="Once", logprobs=0, echo=True)
-    submission = Submission(request_id="r", prompt_token_ids=[eos, once], params=SamplingParams(max_tokens=9))
+    specs = answer_specs(body, [prompt_of(eos, once)], tokenizer)
     output = Output(
         0, "Once", [once, eos], [TokenLogprobs(i, -1, 1) for i in (once, eos)], [None, TokenLogprobs(once, -1, 1)]
     )
-    [choice] = CompletionFormat(body, [submission], tokenizer, "r").answer(Finished([output], NO_USAGE)).choices
+    [choice] = CompletionFormat(specs, tokenizer, "r").answer(Finished([output], NO_USAGE)).choices
     assert choice.text == "OnceOnce"
     assert choice.logprobs is not None
     assert choice.logprobs.text_offset == [0, 0, 4, 8]

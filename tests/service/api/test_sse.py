@@ -15,8 +15,9 @@ from starlette.types import Message
 from tests.service.api.conftest import ended
 from tests.service.api.serving import Server, sse_events, wait_for, working
 from tokenrelay.model.sampling_params import SamplingParams
+from tokenrelay.service.api.answer_specs import answer_specs
 from tokenrelay.service.api.choices import Choices, Output, Step
-from tokenrelay.service.api.completions import CompletionFormat
+from tokenrelay.service.api.completion_format import CompletionFormat
 from tokenrelay.service.api.generation import Generations
 from tokenrelay.service.api.schemas.completions import CompletionRequest
 from tokenrelay.service.api.served_model import ServedModel
@@ -28,15 +29,15 @@ def body(server: Server, **fields: Any) -> dict[str, Any]:
     return {"model": server.model, "messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
 
 
-async def test_every_log_event_has_its_index_as_id_and_done_is_last(server: Server, http: httpx.AsyncClient) -> None:
+async def test_every_chunk_has_an_id_to_resume_behind_and_done_is_last(server: Server, http: httpx.AsyncClient) -> None:
     async with working(server, length=3):
         response = await http.post("/v1/chat/completions", json=body(server, stream_options={"include_usage": True}))
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["cache-control"] == "no-cache"
     *events, done = [event for event in sse_events(response.text) if "" not in event]
     assert done == {"data": "[DONE]"}
-    # role, three tokens, finish, usage: the last three come from one log event, so only the last of them has its id
-    assert [event.get("id") for event in events] == [None, "1", "2", None, None, "3"]
+    # role and token, token, then token, finish and usage: what one event of the log became
+    assert [event["id"] for event in events] == ["1.1", "1", "2", "3.1", "3.2", "3"]
     assert json.loads(events[0]["data"])["choices"] == [
         {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
     ]
@@ -45,11 +46,14 @@ async def test_every_log_event_has_its_index_as_id_and_done_is_last(server: Serv
     ]
 
 
-async def test_several_prompts_share_a_stream_without_ids(server: Server, http: httpx.AsyncClient) -> None:
-    async with working(server, length=2):
+async def test_several_prompts_share_a_stream_and_each_has_its_place_in_the_id(
+    server: Server, http: httpx.AsyncClient
+) -> None:
+    async with working(server, length=1):
         fields = {"model": server.model, "prompt": ["a", "b"], "stream": True}
         response = await http.post("/v1/completions", json=fields)
-    assert "id:" not in response.text
+    ids = [event["id"] for event in sse_events(response.text)[:-1]]
+    assert ids in (["1.1,0", "1,0", "1,1.1", "1,1"], ["0,1.1", "0,1", "1.1,1", "1,1"])
 
 
 async def test_a_silent_stream_is_kept_alive_by_comments(server: Server, http: httpx.AsyncClient) -> None:
@@ -58,7 +62,7 @@ async def test_a_silent_stream_is_kept_alive_by_comments(server: Server, http: h
         http.stream("POST", "/v1/chat/completions", json=body(server)) as response,
     ):
         lines = response.aiter_lines()
-        assert await anext(lines) == ": keep-alive"
+        assert [await anext(lines) for _ in range(2)] == ["retry: 1000", ": keep-alive"]
         worker.gate.set()
         rest = [line async for line in lines]
     assert rest[-2:] == ["data: [DONE]", ""]
@@ -116,6 +120,7 @@ def json_or_text(event: dict[str, str]) -> Any:
 
 class _OneStep(Choices):
     def __init__(self) -> None:
+        super().__init__(Mock())
         self.closed = False
 
     async def steps(self) -> AsyncGenerator[Step, None]:
@@ -131,8 +136,9 @@ async def test_a_client_that_reads_nothing_is_given_up(
     monkeypatch.setattr("tokenrelay.service.api.sse.STALL_SECONDS", 0.05)
     choices, request = _OneStep(), CompletionRequest(model="m", prompt="p")
     submission = Submission(request_id="id", prompt_token_ids=[5], params=SamplingParams(max_tokens=1))
-    chunks = CompletionFormat(request, [submission], loaded_model.tokenizer, "id")
-    stream = EventStream(choices, chunks, Generations(*[Mock()] * 3), keep_alive_seconds=60, headers={})
+    tokenizer = loaded_model.tokenizer
+    chunks = CompletionFormat(answer_specs(request, [submission], tokenizer), tokenizer, "id")
+    stream = EventStream(choices, chunks, Generations(*[Mock()] * 5), keep_alive_seconds=60, headers={})
 
     async def blocked(message: Message) -> None:
         if message["type"] == "http.response.body":

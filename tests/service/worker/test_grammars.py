@@ -173,10 +173,10 @@ class SlowCompiler:
 async def test_only_requests_with_a_grammar_wait_for_it() -> None:
     worker, engine, compiler = worker_of()
     for claim in (claim_of("slow", "good"), claim_of("refused", "bad"), claim_of("lost", "good"), claim_of("plain")):
-        worker._held[claim.submission.request_id] = claim.epoch
+        worker._held.add(claim)
         worker._start(claim)
     assert engine.added == ["plain"]
-    del worker._held["lost"]
+    worker._held.forget("lost", epoch=1)
     compiler.gate.set()
     await asyncio.gather(*worker._compiling)
     assert engine.added == ["plain", "slow"]

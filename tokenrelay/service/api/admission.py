@@ -18,6 +18,7 @@ from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.structured import Grammars
 from tokenrelay.service.errors import ContextLengthExceeded, InvalidRequestError
 from tokenrelay.service.messages import Submission
+from tokenrelay.service.terms import part_ids
 
 LARGE_TEXT = 8 << 10  # characters: about a millisecond of tokenizing
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -63,7 +64,6 @@ class Admission:
         tokenizer = self._model.tokenizer
         shape = await off_loop_if_large(text_size(body), LARGE_TEXT, lambda: sampling(body, tokenizer))
         shape["grammar"] = await self._grammars.grammar_of(body)
-        ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
         return [
             Submission(
                 request_id=prompt_id,
@@ -74,7 +74,7 @@ class Admission:
                 skip_special_tokens=body.skip_special_tokens is not False,
                 prompt_only=body.token_limit == 0,
             )
-            for prompt_id, prompt in zip(ids, prompts, strict=True)
+            for prompt_id, prompt in zip(part_ids(request_id, len(prompts)), prompts, strict=True)
         ]
 
     def _params(self, body: GenerationRequest, max_tokens: int, shape: dict[str, Any]) -> SamplingParams:

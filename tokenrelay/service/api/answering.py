@@ -1,4 +1,4 @@
-"""What both generation routes do with their submissions: run them, and answer as a stream or as one object."""
+"""What all routes do with the choices they have begun or joined: answer with them, as a stream or as one object."""
 
 from __future__ import annotations
 
@@ -9,36 +9,76 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.service.api.chat_format import ChatFormat
 from tokenrelay.service.api.choices import LARGE_LOGPROBS, Choices, Finished
+from tokenrelay.service.api.client_terms import terms_of
+from tokenrelay.service.api.completion_format import CompletionFormat
 from tokenrelay.service.api.event_loop import client_gone, off_loop_if_large, race
+from tokenrelay.service.api.interim import InterimFormat, interim_frames
 from tokenrelay.service.api.process import ApiProcess
-from tokenrelay.service.api.schemas.request import GenerationRequest
-from tokenrelay.service.api.sse import ChunkFormat, EventStream
+from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
+from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.sse import DONE, ChunkFormat, EventStream
 from tokenrelay.service.messages import Submission
+from tokenrelay.service.terms import AnswerSpec
+
+_PREFIXES = {"chat": "chatcmpl-", "completion": "cmpl-"}
 
 
-class AnswerFormat(ChunkFormat, Protocol):
+class AnswerFormat(ChunkFormat, InterimFormat, Protocol):
     def answer(self, finished: Finished) -> BaseModel: ...
 
 
 async def answer(
-    request: Request, body: GenerationRequest, submissions: Sequence[Submission], answer_format: AnswerFormat
+    request: Request, body: ChatCompletionRequest | CompletionRequest, submissions: Sequence[Submission]
 ) -> Response:
     """Queue, then answer: a refusal is a proper HTTP status, since no response has begun."""
     api: ApiProcess = request.app.state.api
-    choices = await Choices.start(api.generations, submissions)
-    sinks = {"X-Attention-Sinks": str(api.settings.attention_sinks)} if api.settings.attention_sinks else {}
-    if body.stream:
-        return EventStream(choices, answer_format, api.generations, api.settings.keep_alive_seconds, sinks)
+    terms = terms_of(request, body, submissions, api.model.tokenizer, api.settings.request_timeout_seconds)
+    choices = await Choices.start(api.generations, submissions, terms)
+    response = stream(api, choices) if body.stream else await _whole(request, api, choices)
+    if choices.joined:
+        response.headers["Idempotent-Replayed"] = "true"  # Stripe's name
+    return response
+
+
+def stream(api: ApiProcess, choices: Choices, done: bytes = DONE) -> EventStream:
+    """The chunks behind the choices' cursor, as they come."""
+    answer_format, headers = _format(choices, api.model.tokenizer), _headers(api, choices)
+    interim = interim_frames(choices, answer_format, api.watch) if choices.answers[0].asks_for_interim else None
+    return EventStream(choices, answer_format, api.generations, api.settings.keep_alive_seconds, headers, done, interim)
+
+
+async def _whole(request: Request, api: ApiProcess, choices: Choices) -> Response:
+    answer_format, headers = _format(choices, api.model.tokenizer), _headers(api, choices)
+    n = choices.answers[0].n
     try:
-        finished = await race(
-            choices.finished(body.n or 1), client_gone(request.receive), api.generations.interruption()
-        )
+        finished = await race(choices.finished(n), client_gone(request.receive), api.generations.interruption())
     finally:
         await choices.close()
     size = sum(output.num_entries for output in finished.outputs)
     content = await off_loop_if_large(size, LARGE_LOGPROBS, lambda: _json(answer_format.answer(finished)))
-    return Response(content, media_type="application/json", headers=sinks)
+    return Response(content, media_type="application/json", headers=headers)
+
+
+def answer_id(spec: AnswerSpec, relay_id: str) -> str:
+    """The ``id`` of the response object: ``chatcmpl-…`` or ``cmpl-…``."""
+    return _PREFIXES[spec.route] + relay_id
+
+
+def _format(choices: Choices, tokenizer: Tokenizer) -> AnswerFormat:
+    first, *_ = specs = choices.answers
+    name = answer_id(first, choices.relay_id)
+    return ChatFormat(first, tokenizer, name) if first.route == "chat" else CompletionFormat(specs, tokenizer, name)
+
+
+def _headers(api: ApiProcess, choices: Choices) -> dict[str, str]:
+    """The id under which to resume is told before the first chunk, which may have to wait in the queue."""
+    headers = {"X-Response-Id": answer_id(choices.answers[0], choices.relay_id)}
+    if api.settings.attention_sinks:
+        headers["X-Attention-Sinks"] = str(api.settings.attention_sinks)
+    return headers
 
 
 def _json(answered: BaseModel) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple, Self
 
+from msgspec.structs import replace as replace_fields
+
 from tokenrelay.model.sampling_params import TokenLogprobs
+from tokenrelay.service.api.cursor import Cursor
 from tokenrelay.service.api.generation import Generation, Generations
 from tokenrelay.service.api.schemas.usage import CompletionUsage, PromptTokensDetails
 from tokenrelay.service.messages import Event, Submission, Usage
+from tokenrelay.service.terms import AnswerSpec, Terms, part_ids
 
 LARGE_LOGPROBS = 1000  # entries: some milliseconds of formatting
 
@@ -42,9 +46,10 @@ class Output:
 class Step:
     """What one event of a log means to the client. ``usage`` comes with the last."""
 
-    index: int | None  # of the event in its log, the client's Last-Event-ID; None if there are several logs
+    index: int  # of the event in its log
     output: Output
     usage: CompletionUsage | None = None
+    prompt: int = 0  # whose log it is
 
 
 class Finished(NamedTuple):
@@ -53,25 +58,67 @@ class Finished(NamedTuple):
 
 
 class Choices:
-    """``n`` choices per prompt, numbered prompt by prompt. Close it, or its requests run on for nobody."""
+    """Some choices per prompt, numbered prompt by prompt. Close it, or its requests run on for nobody.
 
-    def __init__(self, generations: Generations, running: Sequence[Generation], n: int) -> None:
+    ``cursor`` tells what the client has seen: events that it has not may come last, whatever the order they came in.
+    """
+
+    def __init__(self, generations: Generations) -> None:
+        self.cursor = Cursor(0)
         self._generations = generations
-        self._running = running
-        self._n = n
+        self._running: list[Generation] = []
 
     @classmethod
-    async def start(cls, generations: Generations, submissions: Sequence[Submission]) -> Self:
-        """Queue all of them, or none: if one is refused, those before it are cancelled."""
-        running: list[Generation] = []
-        choices = cls(generations, running, submissions[0].params.n)
-        try:
-            for submission in submissions:
-                running.append(await generations.start(submission))
-        except BaseException:
-            await choices.close()
-            raise
+    async def start(cls, generations: Generations, submissions: Sequence[Submission], terms: Sequence[Terms]) -> Self:
+        """Queue all of them, or none: if one is refused, those before it are cancelled.
+
+        If the first one's idempotency key stands for an earlier request, the others are parts of that one, too.
+        """
+        choices = cls(generations)
+        async with choices._closed_on_failure():
+            for i, (submission, its_terms) in enumerate(zip(submissions, terms, strict=True)):
+                if i > 0:
+                    submission = replace_fields(submission, request_id=part_ids(choices.relay_id, len(terms))[i])
+                choices._running.append(await generations.start(submission, its_terms))
+        choices.cursor = Cursor(len(terms))
         return choices
+
+    @classmethod
+    async def resume(cls, generations: Generations, request_ids: Sequence[str], cursor: Cursor) -> Self:
+        """Read requests of any process, all of them. Raises NotFoundError."""
+        choices = cls(generations)
+        async with choices._closed_on_failure():
+            for prompt, request_id in enumerate(request_ids):
+                choices._running.append(await generations.join(request_id, cursor.num_seen(prompt)))
+        choices.cursor = cursor
+        return choices
+
+    @asynccontextmanager
+    async def _closed_on_failure(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except BaseException:
+            await self.close()
+            raise
+
+    @property
+    def relay_id(self) -> str:
+        """Of the HTTP request that began them: not this one's, if this one joined them."""
+        return self._running[0].relay_id
+
+    @property
+    def request_ids(self) -> list[str]:
+        """One per prompt."""
+        return [generation.request_id for generation in self._running]
+
+    @property
+    def answers(self) -> list[AnswerSpec]:
+        """How each prompt's output is answered."""
+        return [generation.answer for generation in self._running]
+
+    @property
+    def joined(self) -> bool:
+        return self._running[0].account is None
 
     async def close(self) -> None:
         for generation in self._running:
@@ -86,9 +133,10 @@ class Choices:
                 if event.usage:
                     usages.append(event.usage)
                 yield Step(
-                    index if len(self._running) == 1 else None,
+                    index,
                     _output(prompt * self._n + event.choice, event, firsts.prompt_logprobs(prompt, event)),
                     _total(usages) if len(usages) == len(self._running) else None,
+                    prompt,
                 )
 
     async def finished(self, n: int) -> Finished:
@@ -101,8 +149,16 @@ class Choices:
                 usage = step.usage or usage
         return Finished(best_of([_joined(of_choice) for of_choice in parts], self._n, n), usage)
 
+    @property
+    def _n(self) -> int:
+        """Choices generated per prompt."""
+        return self._running[0].answer.num_generated
+
     def _events(self) -> AsyncGenerator[tuple[int, int, Event], None]:
-        return _sole(self._running[0]) if len(self._running) == 1 else _interleaved(self._running)
+        if len(self._running) == 1:
+            return _sole(self._running[0])
+        num_seen = [self.cursor.num_seen(prompt) for prompt in range(len(self._running))]
+        return _interleaved(self._running, num_seen)
 
 
 def best_of(outputs: Sequence[Output], num_generated: int, n: int) -> list[Output]:
@@ -156,9 +212,16 @@ async def _sole(generation: Generation) -> AsyncGenerator[tuple[int, int, Event]
         yield 0, index, event
 
 
-async def _interleaved(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, int, Event], None]:
-    """(position of the generation, index, event), in the order of arrival."""
-    pending = {asyncio.ensure_future(anext(generation)): i for i, generation in enumerate(generations)}
+async def _interleaved(
+    generations: Sequence[Generation], num_seen: Sequence[int]
+) -> AsyncGenerator[tuple[int, int, Event], None]:
+    """(position of the generation, index, event): what the client has seen, then the rest in the order of arrival."""
+    for position, generation in enumerate(generations):
+        index = 0
+        while index < num_seen[position] and not generation.ended:
+            index, event = await anext(generation)
+            yield position, index, event
+    pending = {asyncio.ensure_future(anext(g)): i for i, g in enumerate(generations) if not g.ended}
     try:
         while pending:
             done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)

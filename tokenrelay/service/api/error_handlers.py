@@ -17,6 +17,7 @@ from tokenrelay.service.api.request_id import HEADER, request_id_of
 from tokenrelay.service.errors import InvalidRequestError, ServiceError
 
 DEFAULT_RETRY_AFTER = 1.0  # seconds
+MAX_RETRY_AFTER = 120.0  # openai's client takes a longer wait for none at all
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -42,7 +43,7 @@ def retry_headers(error: ServiceError) -> dict[str, str]:
     """OpenAI's clients read all three; without the last they would retry every 500."""
     if not error.retryable:
         return {"x-should-retry": "false"}
-    seconds = error.retry_after or DEFAULT_RETRY_AFTER
+    seconds = min(error.retry_after or DEFAULT_RETRY_AFTER, MAX_RETRY_AFTER)
     return {
         "Retry-After": str(math.ceil(seconds)),
         "retry-after-ms": str(math.ceil(seconds * 1000)),

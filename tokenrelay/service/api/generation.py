@@ -1,23 +1,28 @@
 """From a submission to its events: the part of a request's life in which the API owes it an end.
 
-A client that goes away leaves a request behind. It is cancelled and followed to its terminal event in the
-background, so that outcomes always add up to what was accepted.
+A client that goes away leaves a request behind. It is cancelled, unless it was to go on or somebody else reads it, and
+followed to its terminal event in the background, so that outcomes always add up to what was accepted.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, NoReturn, Self
 
 from tokenrelay.model.sampling_params import FinishReason
 from tokenrelay.service.api.accounting import RequestAccount
+from tokenrelay.service.api.deadline import Deadline
+from tokenrelay.service.api.event_loop import race
 from tokenrelay.service.errors import BrokerUnavailable, Cancelled, ServiceError, Unavailable
 from tokenrelay.service.mailbox import Mailbox, Subscription
 from tokenrelay.service.messages import Error, Event, Submission
 from tokenrelay.service.metrics import ApiMetrics
-from tokenrelay.service.queue import Queue
+from tokenrelay.service.queue import CancelOutcome, Queue
+from tokenrelay.service.request_records import RequestRecords
+from tokenrelay.service.terms import AnswerSpec, Terms
 
 FAREWELL_SECONDS = 30.0  # how long a cancelled request's terminal event is waited for
 RETRY_SECONDS = 0.2
@@ -33,15 +38,31 @@ class GenerationFailed(Exception):
 
 
 class Generation:
-    """One accepted request: an async iterator of (index, event) that ends after the terminal event.
+    """A reader of one queued request: an async iterator of (index, event) that ends after the terminal event.
 
-    Raises GenerationFailed for an event that is an error or a cancellation.
+    Raises GenerationFailed for an event that is an error or a cancellation. ``account`` is None if another process, or
+    another connection, accepted the request.
     """
 
-    def __init__(self, submission: Submission, events: Subscription, metrics: ApiMetrics) -> None:
-        self.request_id = submission.request_id
-        self.account = RequestAccount(submission, metrics)
+    def __init__(
+        self,
+        request_id: str,
+        answer: AnswerSpec,
+        events: Subscription,
+        deadline: Deadline,
+        account: RequestAccount | None,
+    ) -> None:
+        self.request_id = request_id
+        self.answer = answer
+        self.account = account
+        self.ended = False
         self._events = events
+        self._deadline = deadline
+
+    @property
+    def relay_id(self) -> str:
+        """Of the HTTP request that this is a part of."""
+        return self.request_id if self.answer.num_prompts == 1 else self.request_id.rpartition("-")[0]
 
     def __aiter__(self) -> Self:
         return self
@@ -56,50 +77,90 @@ class Generation:
 
     async def finish(self) -> None:
         """Take the remaining events, whatever they are."""
-        while not self.account.ended:
-            await self._next()
+        with suppress(StopAsyncIteration):
+            while not self.ended:
+                await self._next()
+
+    def end(self, outcome: str) -> None:
+        """Nothing more is expected of it. Its outcome is what was told first."""
+        self.ended = True
+        if self.account:
+            self.account.end(outcome)
 
     async def unsubscribe(self) -> None:
         await self._events.__aexit__(None, None, None)
 
     async def _next(self) -> tuple[int, Event]:
         try:
-            index, event = await anext(self._events)
+            index, event = await self._deadline.next(self._events)
+        except StopAsyncIteration:
+            self.ended = True  # before this reader came
+            raise
         except ServiceError as error:
-            self.account.end(error.code)
+            self.end(error.code)
             raise GenerationFailed(error) from error
-        self.account.note(event)
+        self.ended = event.terminal
+        if self.account:
+            self.account.note(event)
         return index, event
 
 
 class Generations:
-    """Starts and sees off the requests of this process."""
+    """Starts, joins and sees off the requests that clients of this process read."""
 
-    def __init__(self, queue: Queue, mailbox: Mailbox, metrics: ApiMetrics) -> None:
+    def __init__(
+        self, queue: Queue, mailbox: Mailbox, records: RequestRecords, metrics: ApiMetrics, grace_seconds: float
+    ) -> None:
         self._queue = queue
         self._mailbox = mailbox
+        self._records = records
         self._metrics = metrics
+        self._grace_seconds = grace_seconds
+        self._num_readers: Counter[str] = Counter()  # by request: clients of this process
         self._interrupted = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
 
-    async def start(self, submission: Submission) -> Generation:
-        """Queue a request. Raises QueueFull or BrokerUnavailable; whoever gets a Generation must ``close`` it."""
+    async def start(self, submission: Submission, terms: Terms) -> Generation:
+        """Queue a request, or join the one that its idempotency key stands for.
+
+        Raises what ``Queue.submit`` does; whoever gets a Generation must ``close`` it.
+        """
+        assert terms.answer, "a request from a client says how to answer it"
         events = self._mailbox.subscribe(submission.request_id)
         await events.__aenter__()  # before it is queued, or its first events could be missed
         try:
-            await self._queue.submit(submission, mailbox=self._mailbox.name)
+            submitted = await self._queue.submit(submission, mailbox=self._mailbox.name, terms=terms)
         except BaseException as error:
             await events.__aexit__(None, None, None)
             if not isinstance(error, ServiceError) or isinstance(error, BrokerUnavailable):
                 self._in_background(self._withdraw(submission.request_id))  # it may have been queued all the same
             raise
-        return Generation(submission, events, self._metrics)
+        if not submitted.created:
+            await events.__aexit__(None, None, None)
+            return await self.join(submitted.request_id)
+        account = RequestAccount(submission, self._metrics)
+        deadline = Deadline(self._queue, submission.request_id, terms.timeout or None)
+        return self._read(Generation(submission.request_id, terms.answer, events, deadline, account))
+
+    async def join(self, request_id: str, after: int = 0) -> Generation:
+        """Read a request of any process behind an index, or from the beginning if its chunks look back; then follow it.
+
+        Raises NotFoundError; whoever gets a Generation must ``close`` it.
+        """
+        answer = await self._records.answer(request_id)
+        events = self._mailbox.subscribe(request_id, after=0 if answer.looks_back else after)
+        await events.__aenter__()
+        self._metrics.streams_joined.inc()
+        deadline = Deadline(self._queue, request_id, events.remaining)
+        return self._read(Generation(request_id, answer, events, deadline, None))
 
     async def close(self, generation: Generation) -> None:
         """The client wants no more of it. Does not wait: a request that has not ended is seen off in the background."""
+        self._num_readers[generation.request_id] -= 1
+        self._num_readers += Counter()  # forgets who has none
         if self._interrupted.is_set():
-            generation.account.end(INTERRUPTED)
-        if generation.account.ended:
+            generation.end(INTERRUPTED)
+        if generation.ended:
             await generation.unsubscribe()
         else:
             self._in_background(self._see_off(generation))
@@ -113,11 +174,16 @@ class Generations:
         raise GenerationFailed(Unavailable("This server is stopping before the request was done; try again."))
 
     async def aclose(self, seconds: float) -> None:
-        """Wait for what still runs in the background."""
+        """Wait for the cancellations on their way. What goes on without a client is left to others."""
+        self.interrupt()
         if self._background:
             await asyncio.wait(self._background, timeout=seconds)
         for task in self._background:
             task.cancel()
+
+    def _read(self, generation: Generation) -> Generation:
+        self._num_readers[generation.request_id] += 1
+        return generation
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -125,26 +191,47 @@ class Generations:
         task.add_done_callback(self._background.discard)
 
     async def _see_off(self, generation: Generation) -> None:
+        """To its end, if it is this process that tells its outcome; a cancelled one is not waited for for ever."""
+        outcome = INTERRUPTED
         try:
-            with suppress(TimeoutError, GenerationFailed):
-                async with asyncio.timeout(FAREWELL_SECONDS):
-                    await self._cancel(generation.request_id)
-                    await generation.finish()
+            with suppress(GenerationFailed):
+                if await self._give_up(generation):
+                    outcome = FinishReason.CANCELLED
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(FAREWELL_SECONDS):
+                            await generation.finish()
+                elif generation.account:
+                    await race(generation.finish(), self.interruption())
         finally:
-            generation.account.end(FinishReason.CANCELLED)
+            generation.end(outcome)
             await generation.unsubscribe()
+
+    async def _give_up(self, generation: Generation) -> bool:
+        """Cancel it, if that is what its client's leaving means and nobody came (back) for it meanwhile."""
+        if generation.answer.on_disconnect == "continue":
+            return False
+        if self._grace_seconds:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._grace_seconds):
+                    await generation.finish()
+        if generation.ended or self._num_readers[generation.request_id]:
+            return False
+        outcome = CancelOutcome.UNKNOWN
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                outcome = await self._cancel(generation.request_id, gone=self._mailbox.name)
+        return outcome is not CancelOutcome.READ
 
     async def _withdraw(self, request_id: str) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_SECONDS):
                 await self._cancel(request_id)
 
-    async def _cancel(self, request_id: str) -> None:
+    async def _cancel(self, request_id: str, gone: str = "") -> CancelOutcome:
         """Patient: a cancellation lost in a broker's restart would leave a request that nobody reads."""
         while True:
             try:
-                await self._queue.cancel(request_id)
-                return
+                return await self._queue.cancel(request_id, gone=gone)
             except BrokerUnavailable:
                 await asyncio.sleep(RETRY_SECONDS)
 

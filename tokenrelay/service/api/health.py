@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from tokenrelay import __version__
@@ -35,5 +35,5 @@ async def version() -> dict[str, str]:
 
 @router.get("/metrics")
 async def metrics(api: Api) -> Response:
-    """Prometheus' text format."""
-    return Response(generate_latest(api.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    """Prometheus' text format, over all API processes of this machine."""
+    return Response(api.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -11,21 +11,20 @@ from tokenrelay.model.detokenizer import IncrementalDetokenizer
 from tokenrelay.model.sampling_params import TokenLogprobs
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.schemas.logprobs import ChatLogprobs, CompletionLogprobs
-from tokenrelay.service.api.schemas.request import GenerationRequest
-from tokenrelay.service.messages import Submission
+from tokenrelay.service.terms import AnswerSpec
 
 LOWEST = -9999.0  # OpenAI's and vLLM's minus infinity
 
 
 class LogprobsFormat:
-    """Writes them as one request's body asks for it."""
+    """Writes them as one request asks for it."""
 
-    def __init__(self, body: GenerationRequest, tokenizer: Tokenizer) -> None:
+    def __init__(self, spec: AnswerSpec, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._num_top = body.num_logprobs or 0
-        self._num_prompt_top = body.prompt_logprobs
-        self._returns_token_ids = bool(body.return_token_ids)
-        self._as_token_ids = bool(body.return_tokens_as_token_ids)
+        self._num_top = spec.num_logprobs or 0
+        self._num_prompt_top = spec.num_prompt_logprobs
+        self._returns_token_ids = spec.return_token_ids
+        self._as_token_ids = spec.return_tokens_as_token_ids
 
     def chat(self, tokens: Iterable[TokenLogprobs]) -> ChatLogprobs:
         content = [
@@ -91,16 +90,16 @@ def _spelled(tokenizer: Tokenizer, token_id: int) -> tuple[str, list[int]]:
 
 
 class TextOffsets:
-    """Where the text of each token of a growing output begins: in characters, from ``start`` on.
+    """Where the text of each token of a growing output begins: in characters, from the echoed prompt's end on.
 
     A token in the middle of a character begins where the character does.
     """
 
-    def __init__(self, tokenizer: Tokenizer, submission: Submission, start: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, spec: AnswerSpec) -> None:
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, submission.prompt_tail, skip_special_tokens=submission.skip_special_tokens
+            tokenizer, spec.prompt_tail, skip_special_tokens=spec.skip_special_tokens
         )
-        self._next = start
+        self._next = len(spec.echo or "")
 
     def of(self, token_ids: Iterable[int]) -> list[int]:
         """The offsets of the next tokens."""

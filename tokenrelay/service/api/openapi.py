@@ -10,12 +10,23 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from tokenrelay import __version__
+from tokenrelay.service.api.client_terms import IDEMPOTENCY_KEY, TIMEOUT
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
 from tokenrelay.service.api.schemas.errors import ErrorBody
 
+
+def _header(name: str, description: str, type: str = "string") -> dict[str, Any]:
+    return {"name": name, "in": "header", "description": description, "schema": {"type": type}}
+
+
 _REF = "#/components/schemas/{model}"
 _BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest)
+
+_HEADERS = [
+    _header(IDEMPOTENCY_KEY, "A request with the key of an earlier one, and its body, is answered with its answer."),
+    _header(TIMEOUT, "Seconds until the request must be done, its time in the queue included.", type="number"),
+]
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is at fault; the message says how."},
@@ -29,7 +40,7 @@ def documented(body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]
     return {
         "response_model": None,
         "responses": {200: {"model": answer, "description": "The answer, if it is not streamed."}, **ERRORS},
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "openapi_extra": {"requestBody": {"required": True, "content": content}, "parameters": _HEADERS},
     }
 
 

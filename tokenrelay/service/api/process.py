@@ -12,6 +12,7 @@ import structlog
 
 from tokenrelay.service.api.admission import Admission
 from tokenrelay.service.api.generation import Generations
+from tokenrelay.service.api.queue_watch import QueueWatch
 from tokenrelay.service.api.readiness import Readiness
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.structured import Grammars
@@ -22,6 +23,7 @@ from tokenrelay.service.mailbox import Mailbox
 from tokenrelay.service.metrics import ApiMetrics
 from tokenrelay.service.queue import Queue
 from tokenrelay.service.registry import Registry
+from tokenrelay.service.request_records import RequestRecords
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import TokenLog
 
@@ -38,27 +40,35 @@ class ApiProcess:
     admission: Admission
     queue: Queue
     generations: Generations
+    records: RequestRecords
+    token_log: TokenLog
     readiness: Readiness
+    watch: QueueWatch
 
 
 @asynccontextmanager
 async def running(settings: Settings, model: ServedModel, metrics: ApiMetrics) -> AsyncIterator[ApiProcess]:
     """An API process that listens to its mailbox. Needs no broker to start: it waits for one."""
     keys = Keys(model.name)
-    redis, blocking_redis = connect(settings.redis_url), connect(settings.redis_url, blocking=True)
+    url, ca_file = settings.redis_url, settings.redis_ca_file
+    redis, blocking_redis = connect(url, ca_file=ca_file), connect(url, blocking=True, ca_file=ca_file)
     queue = Queue(redis, keys, settings)
     grammars = Grammars(model.tokenizer)
-    mailbox = Mailbox(blocking_redis, redis, keys, TokenLog(redis, keys, settings), f"api-{uuid.uuid4().hex}")
+    records, token_log = RequestRecords(redis, keys), TokenLog(redis, keys, settings)
+    mailbox = Mailbox(blocking_redis, redis, keys, token_log, f"api-{uuid.uuid4().hex}")
     process = ApiProcess(
         settings=settings,
         model=model,
         metrics=metrics,
         admission=Admission(model, settings.max_n, grammars),
         queue=queue,
-        generations=Generations(queue, mailbox, metrics),
-        readiness=Readiness(Registry(redis, keys, settings), settings),
+        generations=Generations(queue, mailbox, records, metrics, settings.disconnect_grace_seconds),
+        records=records,
+        token_log=token_log,
+        readiness=Readiness(Registry(redis, keys, settings)),
+        watch=QueueWatch(queue.load),
     )
-    duties = [asyncio.create_task(mailbox.run()), asyncio.create_task(_refresh_gauges(process))]
+    duties = [asyncio.create_task(duty) for duty in (mailbox.run(), process.watch.run(), _refresh_gauges(process))]
     for duty in duties:
         duty.add_done_callback(_tell_if_dead)
     try:
@@ -76,8 +86,7 @@ async def running(settings: Settings, model: ServedModel, metrics: ApiMetrics) -
 async def _refresh_gauges(process: ApiProcess) -> None:
     while True:
         with suppress(BrokerUnavailable):
-            process.metrics.num_requests_waiting.set(await process.queue.num_waiting())
-        await process.readiness.observe()
+            process.metrics.note_load(await process.queue.load.read())
         await asyncio.sleep(process.settings.heartbeat_seconds)
 
 

@@ -1,13 +1,13 @@
 """A stream of chunks as server-sent events.
 
-Promises: the log's index as ``id:`` on the last chunk of each event, a comment when silent, and a definite end: the
-chunks' own or one error object, then ``[DONE]``. A client that goes away ends it at once.
+Promises: an ``id:`` on every chunk, to resume behind it, a comment when silent, and a definite end: the chunks' own or
+one error object, then ``[DONE]``. A client that goes away ends it at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import NoReturn, Protocol
@@ -25,6 +25,7 @@ from tokenrelay.service.api.schemas.errors import ErrorBody
 from tokenrelay.service.errors import ServiceError
 
 KEEP_ALIVE = b": keep-alive\n"  # no blank line: openai's client takes that for an event once it has seen an id
+RETRY = b"retry: 1000\n"  # milliseconds until an EventSource connects again; no blank line, for the same reason
 DONE = format_sse_event(data_str="[DONE]")
 STALL_SECONDS = 60.0  # a client that reads nothing for this long is gone; it may resume
 
@@ -39,6 +40,9 @@ class ChunkFormat(Protocol):
 
     def chunks(self, step: Step) -> Sequence[BaseModel]: ...
 
+    def pass_over(self, step: Step) -> None:
+        """Instead of ``chunks``: the client has them."""
+
 
 class EventStream(Response):
     """Owns ``choices``: closes them however the response ends."""
@@ -52,7 +56,10 @@ class EventStream(Response):
         generations: Generations,
         keep_alive_seconds: float,
         headers: Mapping[str, str],
+        done: bytes = DONE,
+        interim: AsyncGenerator[bytes, None] | None = None,
     ) -> None:
+        """``interim``: what to send before the first chunk, looked at as often as it yields; it need not end."""
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
@@ -60,14 +67,18 @@ class EventStream(Response):
         self._format = chunk_format
         self._generations = generations
         self._keep_alive_seconds = keep_alive_seconds
+        self._done = done
+        self._interim = interim
+        self._opened = choices.cursor.has_begun  # once a step came, whose chunks the client has or gets
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await self._send(send, RETRY)
             error = await self._stream_until_failure(receive, send)
-            ending = frame(ErrorBody.model_validate(error.body())) + DONE if error else DONE
-            await send({"type": "http.response.body", "body": ending, "more_body": False})
+            ending = frame(ErrorBody.model_validate(error.body())) if error else b""
+            await send({"type": "http.response.body", "body": ending + self._done, "more_body": False})
         except ClientGone:
             pass
         finally:
@@ -76,7 +87,11 @@ class EventStream(Response):
     async def _stream_until_failure(self, receive: Receive, send: Send) -> ServiceError | None:
         try:
             await race(
-                self._stream(send), client_gone(receive), self._keep_alive(send), self._generations.interruption()
+                self._stream(send),
+                client_gone(receive),
+                self._keep_alive(send),
+                self._tell_interim(send),
+                self._generations.interruption(),
             )
         except GenerationFailed as failure:
             return failure.error
@@ -88,18 +103,34 @@ class EventStream(Response):
         return None
 
     async def _stream(self, send: Send) -> None:
-        opened = False
         async with aclosing(self._choices.steps()) as steps:
             async for step in steps:
-                size = step.output.num_entries
-                frames = await off_loop_if_large(size, LARGE_LOGPROBS, partial(self._frames, step, opened))
-                opened = True
-                if frames:
-                    await self._send(send, b"".join(frames))
+                if step.index <= self._choices.cursor.num_seen(step.prompt):
+                    self._format.pass_over(step)
+                else:
+                    size = step.output.num_entries
+                    frames = await off_loop_if_large(size, LARGE_LOGPROBS, partial(self._frames, step, self._opened))
+                    self._opened = True
+                    if frames:
+                        await self._send(send, b"".join(frames))
+                self._opened = True
 
     def _frames(self, step: Step, opened: bool) -> list[bytes]:
-        opening = [] if opened else [frame(chunk) for chunk in self._format.opening(step)]
-        return opening + frames_of(self._format.chunks(step), step.index)
+        """Every chunk has an id: a client that saw it has seen all before."""
+        opening = [] if opened else self._format.opening(step)
+        chunks = [*opening, *self._format.chunks(step)]
+        return [frame(chunk, at) for at, chunk in self._choices.cursor.unseen(step.prompt, step.index, chunks)]
+
+    async def _tell_interim(self, send: Send) -> NoReturn:
+        if self._interim is not None:
+            async with aclosing(self._interim) as frames:
+                async for body in frames:
+                    if self._opened:
+                        break
+                    if body:
+                        await self._send(send, body)
+        while True:
+            await asyncio.Event().wait()
 
     async def _keep_alive(self, send: Send) -> NoReturn:
         clock = asyncio.get_running_loop().time
@@ -118,12 +149,5 @@ class EventStream(Response):
             raise ClientGone from None
 
 
-def frames_of(chunks: Sequence[BaseModel], index: int | None) -> list[bytes]:
-    """The id goes on the last: a client that saw it has seen the whole event."""
-    return [frame(chunk, index if chunk is chunks[-1] else None) for chunk in chunks]
-
-
-def frame(chunk: BaseModel, index: int | None = None) -> bytes:
-    return format_sse_event(
-        data_str=chunk.model_dump_json(exclude_unset=True), id=None if index is None else str(index)
-    )
+def frame(chunk: BaseModel, at: str | None = None) -> bytes:
+    return format_sse_event(data_str=chunk.model_dump_json(exclude_unset=True), id=at)

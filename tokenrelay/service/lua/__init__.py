@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from tokenrelay.service.broker import broker_errors
 from tokenrelay.service.keys import LUA_CONSTANTS, Keys
+from tokenrelay.service.messages import VERSION
 
 
 class Scripts:
@@ -42,7 +43,8 @@ def source(name: str) -> str:
     which is also what frees memory again.
     """
     shebang = "#!lua" if name == "submit" else "#!lua flags=allow-oom"
-    constants = "\n".join(f"local {constant} = {value}" for constant, value in LUA_CONSTANTS.items())
+    named = {**LUA_CONSTANTS, "VERSION": VERSION}
+    constants = "\n".join(f"local {constant} = {value}" for constant, value in named.items())
     return "\n".join((shebang, constants, _read("library"), _read(name)))
 
 

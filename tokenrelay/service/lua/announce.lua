@@ -1,6 +1,6 @@
--- A worker's facts, for one lease; workers that fell silent leave the list.
+-- A worker's facts, for a short while; workers that fell silent leave the list.
 -- KEYS: worker, workers
--- ARGV: prefix, worker id, encoded facts, lease in ms
+-- ARGV: prefix, worker id, encoded facts, lifetime in ms
 
 local now = now_ms()
 redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])

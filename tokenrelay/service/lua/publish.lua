@@ -9,6 +9,8 @@ for _, publication in ipairs(cmsgpack.unpack(ARGV[3])) do
   local request = fetch(id)
   if not (owns(request, ARGV[2], epoch) and append(id, request, index, events)) then
     refused[#refused + 1] = id
+  elseif request.attempts > 1 then
+    redis.call('HSET', request_key(id), 'attempts', 1)  -- it got further: not what killed its earlier workers
   end
 end
 deliver()

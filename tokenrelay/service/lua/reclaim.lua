@@ -12,9 +12,8 @@ for _, id in ipairs(expired) do
     redis.call('ZREM', KEYS[1], id)
   else
     reclaimed[#reclaimed + 1] = id
-    local attempts = tonumber(field(id, 'attempts'))
-    if attempts < tonumber(max_attempts) then
-      requeue(id, attempts)
+    if request.attempts < tonumber(max_attempts) then
+      requeue(id, request.attempts)
     else
       bury(id, request, 'worker_lost')
       append(id, request, request.next, {event})

@@ -6,6 +6,6 @@
 local _, worker, id, epoch = unpack(ARGV)
 local request = fetch(id)
 if not owns(request, worker, tonumber(epoch)) or request.state ~= 'running' then return 0 end
-requeue(id, field(id, 'attempts') - 1)
+requeue(id, request.attempts - 1)
 wake('submit')
 return 1

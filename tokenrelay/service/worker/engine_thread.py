@@ -21,6 +21,8 @@ from tokenrelay.service.metrics import WorkerMetrics
 from tokenrelay.service.queue import Claim
 from tokenrelay.service.token_log import Publication
 from tokenrelay.service.worker.output_processor import OutputProcessor, split_engine_id
+from tokenrelay.service.worker.progress import ProgressMeter
+from tokenrelay.service.worker.pulse import Pulse
 
 MAX_UNPUBLISHED_STEPS = 32  # about a second of tokens: the broker may hiccup, memory may not grow
 IDLE_SECONDS = 0.25  # an idle engine turns over this often, to show that it lives
@@ -49,9 +51,12 @@ class EngineThread(threading.Thread):
         *,
         publish: Callable[[list[Publication]], None],
         on_death: Callable[[BaseException], None],
+        pulse: Pulse | None = None,
     ) -> None:
         super().__init__(name="engine", daemon=True)
+        self.pulse = pulse or Pulse()
         self.state = EngineState()
+        self.progress = ProgressMeter()
         self._engine = engine
         self._processor = processor
         self._metrics = metrics
@@ -100,15 +105,21 @@ class EngineThread(threading.Thread):
                     self._hand_out()
         except BaseException as error:
             self._on_death(error)
+        finally:
+            self.pulse.rest()
 
     def _obey(self) -> bool:
         """Run all commands that wait; wait for one when there is nothing to compute. False: stop."""
         block = not self._engine.has_work
+        if block:
+            self.pulse.rest()
         while True:
             try:
                 command = self._commands.get(block=block, timeout=IDLE_SECONDS)
             except queue.Empty:
+                self.pulse.beat()
                 return True
+            self.pulse.beat()
             if command is None:
                 return False
             command()
@@ -172,11 +183,18 @@ class EngineThread(threading.Thread):
         self._note_state()
         publications = self._processor.take_publications()
         if publications:
-            self._unpublished.acquire()
+            self._await_broker()
             self._publish(publications)
+
+    def _await_broker(self) -> None:
+        if not self._unpublished.acquire(blocking=False):
+            self.pulse.rest()
+            self._unpublished.acquire()
+            self.pulse.beat()
 
     def _note_state(self) -> None:
         scheduler = self._engine.scheduler
+        self.progress.look(scheduler)
         self._num_turns += 1
         self.state = EngineState(
             self._num_turns,

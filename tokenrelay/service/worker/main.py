@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 
 import structlog
 import torch
-from prometheus_client import start_http_server
 
 from tokenrelay.model.config import EngineConfig
 from tokenrelay.model.engine.engine import Engine
@@ -20,25 +20,35 @@ from tokenrelay.model.weights import ModelSource, read_model_config, resolve
 from tokenrelay.service.broker import connect
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.metrics import WorkerMetrics, new_registry
+from tokenrelay.service.notification import tell_ready
 from tokenrelay.service.queue import Queue
 from tokenrelay.service.registry import Registry
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import TokenLog
+from tokenrelay.service.worker.metrics_server import MetricsServer
 from tokenrelay.service.worker.output_processor import OutputProcessor
+from tokenrelay.service.worker.role import Role
 from tokenrelay.service.worker.worker import Worker
 
 log = structlog.get_logger()
 
 
-def run_worker(settings: Settings) -> None:
-    """Load the model, then serve until SIGTERM or SIGINT. Raises when the engine dies."""
+def run_worker(
+    settings: Settings, role: Role, *, metrics_socket: socket.socket | None = None, ready_fd: int = -1
+) -> None:
+    """Load the model, then serve until SIGTERM or SIGINT. Raises when the engine dies.
+
+    ``metrics_socket`` replaces the port of the settings. ``ready_fd`` is told when requests can come.
+    """
+    metrics_socket = metrics_socket or socket.create_server((settings.host, settings.worker_metrics_port))
     source = resolve(settings.model, cache_dir=settings.cache_dir)
     started = time.perf_counter()
     engine = load_engine(source, settings)
     log.info("model loaded", model=source.name, seconds=round(time.perf_counter() - started, 2))
     tokenizer = Tokenizer.from_source(source)
     compiler = GrammarCompiler(tokenizer, vocab_size=read_model_config(source).vocab_size)
-    asyncio.run(_serve(engine, tokenizer, compiler, settings, settings.served_model_name or source.name))
+    settings = settings.model_copy(update={"served_model_name": settings.served_model_name or source.name})
+    asyncio.run(_Process(settings, role, metrics_socket, ready_fd).serve(engine, tokenizer, compiler))
 
 
 def load_engine(source: ModelSource, settings: Settings) -> Engine:
@@ -69,30 +79,52 @@ def _use_threads(num_threads: int) -> None:
         log.warning("no native kernels", reason=native.why_unavailable())
 
 
-async def _serve(
-    engine: Engine, tokenizer: Tokenizer, compiler: GrammarCompiler, settings: Settings, model: str
-) -> None:
-    keys = Keys(model)
-    redis = connect(settings.redis_url)
-    metrics = WorkerMetrics(new_registry(), model)
-    metrics.kv_cache_blocks.set(engine.scheduler.block_pool.num_blocks)
-    server, _ = start_http_server(settings.worker_metrics_port, settings.host, registry=metrics.registry)
-    worker = Worker(
-        engine,
-        OutputProcessor(tokenizer, engine.eos_token_ids, engine.streaming_context),
-        compiler,
-        Queue(redis, keys, settings),
-        TokenLog(redis, keys, settings),
-        Registry(redis, keys, settings),
-        metrics,
-        settings,
-        model,
-    )
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, worker.drain)
-    log.info("worker ready", worker=worker.worker_id, metrics=f"http://{settings.host}:{server.server_port}/metrics")
-    try:
-        await worker.run()
-    finally:
-        server.shutdown()
-        await redis.aclose()
+class _Process:
+    """What surrounds the worker."""
+
+    def __init__(self, settings: Settings, role: Role, metrics_socket: socket.socket, ready_fd: int) -> None:
+        self._settings = settings
+        self._role = role
+        self._metrics_socket = metrics_socket
+        self._ready_fd = ready_fd
+
+    async def serve(self, engine: Engine, tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+        settings, model = self._settings, self._settings.served_model_name
+        redis = connect(settings.redis_url, ca_file=settings.redis_ca_file)
+        relay = (redis, Keys(model), settings)
+        metrics = WorkerMetrics(new_registry(), model)
+        metrics.kv_cache_blocks.set(engine.scheduler.block_pool.num_blocks)
+        worker = Worker(
+            engine,
+            OutputProcessor(tokenizer, engine.eos_token_ids, engine.streaming_context),
+            compiler,
+            Queue(*relay),
+            TokenLog(*relay),
+            Registry(*relay),
+            metrics,
+            settings,
+            model,
+            self._role,
+        )
+        server = MetricsServer(metrics.registry, self._metrics_socket)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(signum, _drain, worker, server)
+        telling = asyncio.create_task(self._tell_when_announced(worker, server))
+        try:
+            await worker.run()
+        finally:
+            telling.cancel()
+            server.close()
+            await redis.aclose()
+
+    async def _tell_when_announced(self, worker: Worker, server: MetricsServer) -> None:
+        await worker.announced.wait()
+        tell_ready(self._ready_fd)
+        url = f"http://{self._settings.host}:{server.server_port}/metrics"
+        log.info("worker ready", worker=worker.worker_id, metrics=url)
+
+
+def _drain(worker: Worker, server: MetricsServer) -> None:
+    """From now on the metrics of this port are those of a successor, if there is one."""
+    worker.drain()
+    asyncio.get_running_loop().run_in_executor(None, server.close)

@@ -7,8 +7,6 @@ process holds when it dies is reclaimed by another worker, from the log.
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -27,7 +25,11 @@ from tokenrelay.service.registry import Registry
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import Publication, TokenLog
 from tokenrelay.service.worker.engine_thread import EngineThread
+from tokenrelay.service.worker.holdings import Holdings
 from tokenrelay.service.worker.output_processor import OutputProcessor
+from tokenrelay.service.worker.progress import LOOK_SECONDS
+from tokenrelay.service.worker.pulse import Pulse
+from tokenrelay.service.worker.role import Role, new_worker_id
 
 log = structlog.get_logger()
 
@@ -46,20 +48,29 @@ class Worker:
         metrics: WorkerMetrics,
         settings: Settings,
         model: str,
+        role: Role | None = None,
     ) -> None:
-        self.worker_id = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.worker_id, self._spare = role or Role(new_worker_id())
+        self.announced = asyncio.Event()
         self._queue, self._token_log, self._registry = queue, token_log, registry
         self._metrics, self._settings, self._model = metrics, settings, model
         self._compiler = compiler
         self._compiling: set[asyncio.Task[None]] = set()
         self._max_model_len = engine.max_model_len
-        self._held: dict[str, int] = {}  # request id → epoch, from claim to finish
+        self._held = Holdings(settings.max_attempts)
         self._wake = asyncio.Event()
         self._drain = asyncio.Event()
         self._outbox: asyncio.Queue[list[Publication]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._death: asyncio.Future[BaseException] = self._loop.create_future()
-        self._engine = EngineThread(engine, processor, metrics, publish=self._hand_to_loop, on_death=self._note_death)
+        self._engine = EngineThread(
+            engine,
+            processor,
+            metrics,
+            publish=self._hand_to_loop,
+            on_death=self._note_death,
+            pulse=Pulse(settings.watchdog_seconds),
+        )
 
     def drain(self) -> None:
         """Claim nothing more, finish what runs up to the limit, hand back the rest. (SIGTERM)"""
@@ -74,7 +85,9 @@ class Worker:
             for turn, pause in (
                 (self._claim, 0.0),
                 (self._heartbeat, self._settings.heartbeat_seconds),
+                (self._announce, self._settings.announce_seconds),
                 (self._publish, 0.0),
+                (self._report, LOOK_SECONDS),
                 (self._listen, 0.0),
             )
         ]
@@ -88,7 +101,7 @@ class Worker:
                 task.cancel()
             await asyncio.gather(*loops, *self._compiling, return_exceptions=True)
 
-    # --- the four loops -------------------------------------------------------------------------------------------
+    # --- the six loops --------------------------------------------------------------------------------------------
 
     async def _forever(self, turn: Callable[[], Awaitable[None]], pause: float) -> None:
         """Repeat ``turn``; while the broker is gone try again, for it may come back."""
@@ -102,30 +115,39 @@ class Worker:
             await asyncio.sleep(delay)
 
     async def _claim(self) -> None:
-        """Take what there is room for; then wait for a wake-up, or look again after a heartbeat's time."""
+        """Take what there is room for; then wait for a wake-up, or look again after a while."""
         self._wake.clear()
-        state = self._engine.state
-        room = self._settings.max_num_seqs - max(len(self._held), state.num_choices)
-        if room > 0 and not state.num_waiting and not self._drain.is_set():
-            claims = await self._queue.claim(self.worker_id, room)
-            for claim in claims:
-                self._held[claim.submission.request_id] = claim.epoch
+        room = self._room()
+        if room > 0 and not (self._spare and await self._registry.num_active() >= self._settings.workers):
+            for claim in await self._queue.claim(self.worker_id, room, unsuspected=self._held.unsuspected):
+                self._held.add(claim)
                 self._metrics.queue_time.observe(claim.queued_seconds)
                 self._metrics.resumed_requests.inc(bool(claim.log))
                 self._start(claim)
-        await self._woken(self._settings.heartbeat_seconds)
+        await self._woken(self._settings.announce_seconds if self._spare else self._settings.heartbeat_seconds)
+
+    def _room(self) -> int:
+        """For how many requests there is room."""
+        state = self._engine.state
+        if state.num_waiting or self._drain.is_set() or self._held.on_trial:
+            return 0
+        return self._settings.max_num_seqs - max(len(self._held), state.num_choices)
 
     async def _heartbeat(self) -> None:
         """Renew before reclaiming: after a broker's outage our own leases may have run out, unclaimed."""
-        held = dict(self._held)
+        held = dict(self._held.epochs)
         renewal = await self._queue.renew(self.worker_id, held)
         for request_id in renewal.lost:
             self._lose(request_id, held[request_id])
         for request_id in renewal.cancelled:
             self._engine.cancel(request_id)
+        await self._queue.expire()
         if await self._queue.reclaim():
             self._wake.set()
+
+    async def _announce(self) -> None:
         await self._registry.announce(self._facts())
+        self.announced.set()
 
     async def _publish(self) -> None:
         """One step's publications, repeated until the broker has them: publishing is idempotent."""
@@ -143,14 +165,21 @@ class Worker:
         open_ended = [p for p in publications if not p.events[-1].terminal]
         refused = set(await self._token_log.publish(self.worker_id, open_ended) if open_ended else [])
         for publication in publications:
+            if self._held.note_progress(publication.request_id):
+                self._wake.set()
             if publication.events[-1].terminal:
                 if not await self._token_log.finish(self.worker_id, publication):
                     refused.add(publication.request_id)
-                self._forget(publication.request_id, publication.epoch)
+                self._held.forget(publication.request_id, publication.epoch)
                 self._wake.set()
             if publication.request_id in refused:
                 self._metrics.fenced_writes.inc()
                 self._lose(publication.request_id, publication.epoch)
+
+    async def _report(self) -> None:
+        """How far long prompts are; nothing waits for it, so what is lost is lost."""
+        if news := self._engine.progress.news(self._held.epochs):
+            await self._token_log.report(self.worker_id, news)
 
     async def _listen(self) -> None:
         """Wake-ups make work start, and end, sooner; losing one costs a heartbeat."""
@@ -158,6 +187,8 @@ class Worker:
             verb, _, request_id = message.partition(" ")
             if verb == "cancel" and request_id in self._held:
                 self._engine.cancel(request_id)
+            elif verb == "drop" and request_id in self._held:
+                self._lose(request_id, self._held.epochs[request_id])
             self._wake.set()
 
     async def _woken(self, seconds: float) -> None:
@@ -185,7 +216,7 @@ class Worker:
             grammar = await asyncio.to_thread(self._compiler.compile, submission.params.grammar)
         except GrammarError as error:
             failure = f"The grammar cannot be used: {error}."
-        if self._held.get(submission.request_id) != claim.epoch:
+        if self._held.epochs.get(submission.request_id) != claim.epoch:
             return  # lost meanwhile
         if grammar is None:
             self._engine.refuse(claim, Error(message=failure, code=InvalidGrammar.code, status=InvalidGrammar.status))
@@ -194,14 +225,8 @@ class Worker:
 
     def _lose(self, request_id: str, epoch: int) -> None:
         """Another owns it now; unless that is us again, under a newer epoch."""
-        if self._forget(request_id, epoch):
+        if self._held.forget(request_id, epoch):
             self._engine.drop(request_id)
-
-    def _forget(self, request_id: str, epoch: int) -> bool:
-        if self._held.get(request_id) != epoch:
-            return False
-        del self._held[request_id]
-        return True
 
     async def _until_drained_or_dead(self) -> None:
         drain = asyncio.create_task(self._drain.wait())
@@ -222,7 +247,7 @@ class Worker:
         await asyncio.to_thread(self._engine.join, 10.0)
         await asyncio.sleep(0)  # what the thread handed over last is in the outbox now
         await self._outbox.join()
-        for request_id, epoch in self._held.items():
+        for request_id, epoch in self._held.epochs.items():
             await self._queue.release(self.worker_id, request_id, epoch)
         log.info("drained", handed_back=len(self._held))
         await self._registry.withdraw(self.worker_id)
@@ -238,6 +263,8 @@ class Worker:
             num_requests_waiting=state.num_waiting,
             kv_cache_usage=state.kv_cache_usage,
             draining=self._drain.is_set(),
+            stalled=self._engine.pulse.stalled,
+            spare=self._spare,
             version=__version__,
         )
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from tokenrelay.model.sampling_params import MAX_LOGPROBS
+from tokenrelay.service.api.schemas.interim import InterimFields
 from tokenrelay.service.api.schemas.logprobs import ChatLogprobs, PromptLogprobs
 from tokenrelay.service.api.schemas.not_built import IN_MESSAGES, ON_CHAT, Neutral
 from tokenrelay.service.api.schemas.request import GenerationRequest
@@ -112,7 +113,7 @@ class ChunkChoice(BaseModel):
     token_ids: list[int] | None = None
 
 
-class ChatCompletionChunk(BaseModel):
+class ChatCompletionChunk(InterimFields):
     """What is told of the prompt comes with the first chunk."""
 
     id: str

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from tokenrelay.model.sampling_params import MAX_LOGPROBS
+from tokenrelay.service.api.schemas.interim import InterimFields
 from tokenrelay.service.api.schemas.logprobs import CompletionLogprobs, PromptLogprobs
 from tokenrelay.service.api.schemas.not_built import ON_COMPLETIONS, Neutral
 from tokenrelay.service.api.schemas.request import GenerationRequest
@@ -63,7 +64,7 @@ class CompletionChoice(BaseModel):
     prompt_logprobs: PromptLogprobs | None = None
 
 
-class Completion(BaseModel):
+class Completion(InterimFields):
     """The whole answer, or a chunk of a stream: OpenAI gives both the same shape."""
 
     id: str

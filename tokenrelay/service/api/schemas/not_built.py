@@ -37,7 +37,6 @@ _LLAMA_CPP = {
     "samplers": (),
     "t_max_predict_ms": (),
     "timings_per_token": (False,),
-    "return_progress": (False,),
     "lora": ([],),
 }
 _SGLANG = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,6 +19,7 @@ MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_PRIORITY = 100  # either way: what the queue's order has room for
 MAX_SALT_CHARACTERS = 256
+MAX_TIMEOUT_SECONDS = 24 * 3600  # what the broker keeps of a live request
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
@@ -27,6 +28,9 @@ class StreamOptions(RequestSchema):
     not_built: ClassVar[Neutral] = IN_STREAM_OPTIONS
 
     include_usage: bool | None = Field(None, description="End the stream with a chunk that carries the usage.")
+    include_queue: bool | None = Field(
+        None, description="Tell the place in the queue while the request waits: `event: queue`, at most twice a second."
+    )
 
 
 class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestSchema):
@@ -55,14 +59,30 @@ class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestS
         max_length=MAX_SALT_CHARACTERS,
         description="Cached prefixes are shared only with requests of the same salt.",
     )
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_TIMEOUT_SECONDS,
+        description="Seconds until the request must be done, its time in the queue included.",
+    )
+    on_disconnect: Literal["cancel", "continue"] | None = Field(
+        None, description="What your leaving means. A request that continues can be read later. Default cancel."
+    )
     stream: bool | None = Field(None, description="Answer as server-sent events. Default false.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream=true.")
+    return_progress: bool | None = Field(
+        None, description="Tell how far the prompt is: chunks with `prompt_progress`. Only with stream=true."
+    )
     user: str | None = Field(None, description="Your end user; has no effect here.")
     metadata: dict[str, str] | None = Field(None, description="Your notes; have no effect here.")
 
     @property
     def token_limit(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def include_queue(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_queue)
 
     @property
     def include_usage(self) -> bool:
@@ -76,6 +96,8 @@ class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestS
     def _stream_fits(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("needs_stream", "is only allowed with stream=true", {"name": "stream_options"})
+        if self.return_progress and not self.stream:
+            raise PydanticCustomError("needs_stream", "is only allowed with stream=true", {"name": "return_progress"})
         if self.stream and self.num_generated > (self.n or 1):
             raise PydanticCustomError("no_stream", "above n is not allowed with stream=true", {"name": "best_of"})
         return self

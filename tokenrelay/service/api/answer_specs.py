@@ -1,0 +1,59 @@
+"""From a body to how its log is rendered, by whichever process a client asks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
+from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.messages import Submission
+from tokenrelay.service.terms import AnswerSpec
+
+Body = ChatCompletionRequest | CompletionRequest
+
+
+def answer_specs(body: Body, submissions: Sequence[Submission], tokenizer: Tokenizer) -> list[AnswerSpec]:
+    """One per prompt, all created now."""
+    created = int(time.time())
+    return [_answer_spec(body, submissions, prompt, tokenizer, created) for prompt in range(len(submissions))]
+
+
+def _answer_spec(
+    body: Body, submissions: Sequence[Submission], prompt: int, tokenizer: Tokenizer, created: int
+) -> AnswerSpec:
+    submission, is_chat = submissions[prompt], isinstance(body, ChatCompletionRequest)
+    tells_prompt = body.return_token_ids or (body.echoes and body.num_logprobs is not None)
+    return AnswerSpec(
+        route="chat" if is_chat else "completion",
+        model=body.model,
+        created=created,
+        num_prompt_tokens=len(submission.prompt_token_ids),
+        prompt=prompt,
+        num_prompts=len(submissions),
+        n=body.n or 1,
+        num_generated=submission.params.n,  # of beams, the best only
+        include_usage=body.include_usage,
+        include_queue=body.include_queue,
+        return_progress=bool(body.return_progress),
+        num_logprobs=body.num_logprobs,
+        num_prompt_logprobs=body.prompt_logprobs,
+        return_token_ids=bool(body.return_token_ids),
+        return_tokens_as_token_ids=bool(body.return_tokens_as_token_ids),
+        skip_special_tokens=submission.skip_special_tokens,
+        echo=_echo(body, submission, prompt, tokenizer),
+        prompt_token_ids=submission.prompt_token_ids if tells_prompt else [],
+        prompt_tail=[] if is_chat or body.num_logprobs is None else submission.prompt_tail,
+        on_disconnect=body.on_disconnect or "cancel",
+    )
+
+
+def _echo(body: Body, submission: Submission, prompt: int, tokenizer: Tokenizer) -> str | None:
+    """The prompt as it was sent; or as the model saw it, if that was ids, or only a part."""
+    if isinstance(body, ChatCompletionRequest) or not body.echo:
+        return None
+    sent = body.prompts[prompt]
+    if isinstance(sent, str) and body.truncate_prompt_tokens is None:
+        return sent
+    return tokenizer.decode(submission.prompt_token_ids, skip_special_tokens=False)
