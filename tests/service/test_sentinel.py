@@ -51,6 +51,10 @@ class Site:
     def url(self) -> str:
         return f"redis+sentinel://127.0.0.1:{self.sentinel_port},127.0.0.1:1/relay"
 
+    def await_copy(self, stream: str) -> None:
+        with sync_redis.Redis(port=self.replica_port) as replica:
+            wait_until(lambda: replica.xlen(stream), "the replica has it, too")
+
     def _await_replica(self) -> None:
         with sync_redis.Redis(port=self.master_port) as master:
             wait_until(lambda: master.info("replication").get("slave0", {}).get("state") == "online", "a replica")
@@ -84,7 +88,7 @@ async def test_a_stream_survives_a_failover(site: Site, client: Redis) -> None:
             claim = await claim_one(queue)
             assert await log.publish("worker", [publication(claim, 1, token(1))]) == []
             assert await anext(subscription) == (1, token(1))
-            await client.wait(1, 5000)  # replication is asynchronous: what was not replicated would be lost
+            site.await_copy(keys.log("a"))  # replication is asynchronous: what was not replicated would be lost
             site.master.kill()
             with pytest.raises(BrokerUnavailable):
                 await submit(queue, "b")

@@ -70,6 +70,10 @@ class _RetryWhatBreaks(Retry):
 class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
     """Asks the sentinels who the master is at every new connection; a caller too many waits."""
 
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self.sentinel_manager.aclose()  # redis-py leaves the connections to them open
+
 
 def _sentinel_pool(url: str, options: dict[str, Any]) -> _SentinelPool:
     """``redis+sentinel://user:password@host:port,host:port/name/db``; user and password are the data servers'."""

@@ -42,7 +42,10 @@ _QUEUE = (
     *("max_waiting", "max_waiting_tokens", "max_waiting_bytes"),
     *("max_waiting_per_tenant", "max_waiting_tokens_per_tenant"),
 )
-_HTTP = ("host", "port", *_QUEUE, "max_body_bytes", "max_n", "keep_alive_seconds")
+_HTTP = (
+    *("host", "port", *_QUEUE, "max_body_bytes", "max_n", "keep_alive_seconds"),
+    *("request_timeout_seconds", "disconnect_grace_seconds"),
+)
 _ENGINE = (
     *("worker_metrics_port", "device", "dtype", "num_threads", "kv_cache_mb", "kv_cache_dtype"),
     *("max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decodes"),

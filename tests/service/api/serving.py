@@ -182,7 +182,7 @@ class PacedWorker:
     async def _serve(self, claim: Claim) -> None:
         await self.gate.wait()
         await self._emit(claim)
-        del self.held[claim.submission.request_id]
+        self.held.pop(claim.submission.request_id, None)  # claimed twice, it ends twice
 
     async def _emit(self, claim: Claim) -> None:
         log: list[Event] = []
