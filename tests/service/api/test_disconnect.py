@@ -67,6 +67,7 @@ async def test_a_client_that_left_in_mid_stream_is_cancelled_and_others_are_not(
         async with connection(server, stream=True) as leaving:
             await leaving.readuntil(b'w3"')
         await until(lambda: len(worker.cancelled) == 1)
+        await until(lambda: in_flight(server) == 1)
         assert b'"finish_reason":"stop"' in await staying.readuntil(b"[DONE]")
 
 
@@ -117,6 +118,7 @@ async def test_a_request_is_cancelled_when_its_last_reader_leaves(server: Server
         assert worker.cancelled == {}
         await readers.aclose()
         await until(lambda: relay_id in worker.cancelled)
+        await until(lambda: in_flight(server) == 0)  # before the worker stops
 
 
 async def test_a_reader_that_leaves_does_not_end_it_for_the_others(server: Server) -> None:

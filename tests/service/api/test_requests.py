@@ -12,7 +12,7 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from tests.service.api.conftest import accepted, ended
+from tests.service.api.conftest import accepted, ended, in_flight
 from tests.service.api.serving import PacedWorker, Server, refused, wait_for, working
 from tests.service.api.test_disconnect import until
 from tokenrelay.service.broker import connect
@@ -235,7 +235,8 @@ class TestCancel:
                 relay_id = worker.claims[0].submission.request_id.partition("-")[0]
                 assert (await cancel(http, relay_id, method)).json()["was"] == "running"
                 assert (await answer).status_code == 499
-            await until(lambda: len(worker.cancelled) == 2)
+            await until(lambda: in_flight(server) == 0)
+            assert len(worker.cancelled) == 2
 
     async def test_an_unknown_request(self, server: Server, http: httpx.AsyncClient, method: str) -> None:
         assert refused(await cancel(http, "cmpl-" + "0" * 32, method), 404)["code"] == "not_found"
