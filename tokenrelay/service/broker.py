@@ -13,18 +13,19 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
+from tokenrelay.service.broker_pool import QueuedPool
 from tokenrelay.service.errors import BrokerUnavailable
 
 BLOCK_SECONDS = 1.0  # how long one blocking read may wait, and so how long a shutdown may
 BLOCKING_SOCKET_TIMEOUT = 5.0  # above BLOCK_SECONDS, or every idle read would look like a dead broker
 SOCKET_TIMEOUT = 0.6  # without a byte from the broker
-MAX_CONNECTIONS = 32  # callers beyond wait their turn; redis-py's default is to fail at the hundredth
+MAX_CONNECTIONS = 3  # callers beyond wait their turn: one process fills no more, and a broker serves few at a time
 RETRY_AFTER = 2.0
 
 SENTINEL = "redis+sentinel"
@@ -43,7 +44,7 @@ def connect(url: str, *, blocking: bool = False, ca_file: str = "") -> Redis:
     options: dict[str, Any] = {
         "protocol": 2,
         "max_connections": MAX_CONNECTIONS,
-        "timeout": SOCKET_TIMEOUT,
+        "patience": SOCKET_TIMEOUT,
         "socket_timeout": BLOCKING_SOCKET_TIMEOUT if blocking else SOCKET_TIMEOUT,
         "socket_connect_timeout": SOCKET_TIMEOUT,
         "retry": Retry(NoBackoff(), 0) if blocking else _RetryWhatBreaks(ExponentialWithJitterBackoff(0.2, 0.02), 2),
@@ -52,7 +53,7 @@ def connect(url: str, *, blocking: bool = False, ca_file: str = "") -> Redis:
         return Redis.from_pool(_sentinel_pool(url, options))
     if ca_file and url.startswith("rediss://"):
         options["ssl_ca_certs"] = ca_file
-    return Redis.from_pool(BlockingConnectionPool.from_url(url, **options))
+    return Redis.from_pool(QueuedPool.from_url(url, **options))
 
 
 class _RetryWhatBreaks(Retry):
@@ -67,8 +68,8 @@ class _RetryWhatBreaks(Retry):
         return await super().call_with_retry(do, fail, came_soon, **options)
 
 
-class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
-    """Asks the sentinels who the master is at every new connection; a caller too many waits."""
+class _SentinelPool(QueuedPool, SentinelConnectionPool):
+    """Asks the sentinels who the master is at every new connection."""
 
     async def aclose(self) -> None:
         await super().aclose()
@@ -88,7 +89,7 @@ def _sentinel_pool(url: str, options: dict[str, Any]) -> _SentinelPool:
     asked_once = {**patience, "protocol": 2, "retry": Retry(NoBackoff(), 0)}
     addresses = [_address(host) for host in hosts.split(",")]
     sentinel = Sentinel(addresses, sentinel_kwargs=asked_once)  # type: ignore[no-untyped-call]
-    return _SentinelPool(name, sentinel, db=int(db or 0), **login, **options)  # type: ignore[no-untyped-call]
+    return _SentinelPool(service_name=name, sentinel_manager=sentinel, db=int(db or 0), **(options | login))
 
 
 def _address(host: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""What routes ask for, by name."""
+"""What routes ask for, by name. Coroutines all, or FastAPI would call each in a thread of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenrelay.service.api.readiness import Readiness
 from tokenrelay.service.api.served_model import ServedModel
 
 
-def _api(request: Request) -> ApiProcess:
+async def _api(request: Request) -> ApiProcess:
     api: ApiProcess = request.app.state.api
     return api
 
@@ -20,19 +20,19 @@ def _api(request: Request) -> ApiProcess:
 Api = Annotated[ApiProcess, Depends(_api)]
 
 
-def _admission(api: Api) -> Admission:
+async def _admission(api: Api) -> Admission:
     return api.admission
 
 
-def _model(api: Api) -> ServedModel:
+async def _model(api: Api) -> ServedModel:
     return api.model
 
 
-def _readiness(api: Api) -> Readiness:
+async def _readiness(api: Api) -> Readiness:
     return api.readiness
 
 
-def _relay_id(request: Request) -> str:
+async def _relay_id(request: Request) -> str:
     relay_id: str = request.state.relay_id
     return relay_id
 
