@@ -21,7 +21,7 @@ from tokenrelay.service.lua import Scripts
 from tokenrelay.service.messages import Event, MessageError, decode_deliveries
 from tokenrelay.service.token_log import TokenLog
 
-BUFFER_EVENTS = 256  # per subscription; a client further behind is served from the log
+BUFFER_EVENTS = 64  # per subscription; a client further behind is served from the log
 ENTRIES_PER_READ = 64
 RECONNECT_SECONDS = 0.2
 

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from tokenrelay.model.sampling_params import TokenLogprobs
 from tokenrelay.service.api.app import create_app
+from tokenrelay.service.api.connection import Connection
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.server import DrainingServer
@@ -62,6 +63,12 @@ class Server(Endpoint):
     """One that runs in a thread here, and can be looked into."""
 
     process: ApiProcess
+    uvicorn: DrainingServer
+
+    @property
+    def connections(self) -> list[Connection]:
+        """Those open now."""
+        return list(self.uvicorn.server_state.connections)  # type: ignore[arg-type]
 
     @property
     def metrics(self) -> CollectorRegistry:
@@ -79,7 +86,7 @@ def serving(settings: Settings, model: ServedModel) -> Iterator[Server]:
         thread.start()
         try:
             wait_for(lambda: server.started)
-            yield Server(port=port, settings=settings, model=model.name, process=app.state.api)
+            yield Server(port=port, settings=settings, model=model.name, process=app.state.api, uvicorn=server)
         finally:
             server.should_exit = True
             thread.join(20)

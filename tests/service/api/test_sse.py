@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
 from typing import Any
-from unittest.mock import Mock
 
 import httpx
 import pytest
-from starlette.types import Message
 
 from tests.service.api.conftest import ended
 from tests.service.api.serving import Server, sse_events, wait_for, working
-from tokenrelay.model.sampling_params import SamplingParams
-from tokenrelay.service.api.answer_specs import answer_specs
-from tokenrelay.service.api.choices import Choices, Output, Step
-from tokenrelay.service.api.completion_format import CompletionFormat
-from tokenrelay.service.api.generation import Generations
-from tokenrelay.service.api.schemas.completions import CompletionRequest
-from tokenrelay.service.api.served_model import ServedModel
-from tokenrelay.service.api.sse import EventStream
-from tokenrelay.service.messages import Error, Submission
+from tokenrelay.service.messages import Error
 
 
 def body(server: Server, **fields: Any) -> dict[str, Any]:
@@ -116,37 +105,3 @@ async def test_one_failed_prompt_ends_the_stream_and_cancels_the_others(
 
 def json_or_text(event: dict[str, str]) -> Any:
     return event["data"] if event["data"] == "[DONE]" else json.loads(event["data"])
-
-
-class _OneStep(Choices):
-    def __init__(self) -> None:
-        super().__init__(Mock())
-        self.closed = False
-
-    async def steps(self) -> AsyncGenerator[Step, None]:
-        yield Step(index=1, output=Output(choice=0, text="a"))
-
-    async def close(self) -> None:
-        self.closed = True
-
-
-async def test_a_client_that_reads_nothing_is_given_up(
-    loaded_model: ServedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tokenrelay.service.api.sse.STALL_SECONDS", 0.05)
-    choices, request = _OneStep(), CompletionRequest(model="m", prompt="p")
-    submission = Submission(request_id="id", prompt_token_ids=[5], params=SamplingParams(max_tokens=1))
-    tokenizer = loaded_model.tokenizer
-    chunks = CompletionFormat(answer_specs(request, [submission], tokenizer), tokenizer, "id")
-    stream = EventStream(choices, chunks, Generations(*[Mock()] * 5), keep_alive_seconds=60, headers={})
-
-    async def blocked(message: Message) -> None:
-        if message["type"] == "http.response.body":
-            await asyncio.Event().wait()
-
-    async def silent() -> Message:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    await stream({"type": "http"}, silent, blocked)
-    assert choices.closed

@@ -25,7 +25,8 @@ from tokenrelay.service.errors import (
     UnsupportedParameter,
 )
 
-BODY_SECONDS = 30.0  # a client that takes longer to send its body only holds a connection
+BODY_SECONDS = 8.0  # a client that takes longer to send its body only holds a connection …
+BODY_BYTES_PER_SECOND = 16 << 10  # … unless it sends as much as this
 LARGE_BODY = 64 << 10  # bytes
 MAX_PARAM_CHARACTERS = 100  # field names come from the client too
 
@@ -59,13 +60,15 @@ async def _read_body(request: Request, limit: int) -> bytes:
         raise _too_large(limit)
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(BODY_SECONDS) as patience:
+            latest = patience.when() or 0.0
             async for chunk in request.stream():
                 body += chunk
+                patience.reschedule(latest + len(body) / BODY_BYTES_PER_SECOND)
                 if len(body) > limit:
                     raise _too_large(limit)
     except TimeoutError:
-        raise RequestTimeout(f"The body did not arrive within {BODY_SECONDS:.0f} seconds.") from None
+        raise RequestTimeout("The body arrived too slowly.") from None
     return bytes(body)
 
 

@@ -120,9 +120,9 @@ class Choices:
     def joined(self) -> bool:
         return self._running[0].account is None
 
-    async def close(self) -> None:
+    async def close(self, *, may_return: bool = False) -> None:
         for generation in self._running:
-            await self._generations.close(generation)
+            await self._generations.close(generation, may_return=may_return)
 
     async def steps(self) -> AsyncGenerator[Step, None]:
         """Raises GenerationFailed as soon as one of the requests fails."""

@@ -25,6 +25,7 @@ from tokenrelay.service.request_records import RequestRecords
 from tokenrelay.service.terms import AnswerSpec, Terms
 
 FAREWELL_SECONDS = 30.0  # how long a cancelled request's terminal event is waited for
+RETURN_SECONDS = 30.0  # for a client to come back whose connection we closed
 RETRY_SECONDS = 0.2
 INTERRUPTED = "interrupted"  # outcome of a request that this process left to others when it stopped
 
@@ -154,8 +155,9 @@ class Generations:
         deadline = Deadline(self._queue, request_id, events.remaining)
         return self._read(Generation(request_id, answer, events, deadline, None))
 
-    async def close(self, generation: Generation) -> None:
-        """The client wants no more of it. Does not wait: a request that has not ended is seen off in the background."""
+    async def close(self, generation: Generation, *, may_return: bool = False) -> None:
+        """The client wants no more of it, or it ``may_return``. Does not wait: a request that has not ended is seen off
+        in the background."""
         self._num_readers[generation.request_id] -= 1
         self._num_readers += Counter()  # forgets who has none
         if self._interrupted.is_set():
@@ -163,7 +165,7 @@ class Generations:
         if generation.ended:
             await generation.unsubscribe()
         else:
-            self._in_background(self._see_off(generation))
+            self._in_background(self._see_off(generation, max(self._grace_seconds, RETURN_SECONDS * may_return)))
 
     def interrupt(self) -> None:
         """The drain is over: ends every stream of this process. The requests go on, readable elsewhere."""
@@ -190,12 +192,12 @@ class Generations:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _see_off(self, generation: Generation) -> None:
+    async def _see_off(self, generation: Generation, grace: float) -> None:
         """To its end, if it is this process that tells its outcome; a cancelled one is not waited for for ever."""
         outcome = INTERRUPTED
         try:
             with suppress(GenerationFailed):
-                if await self._give_up(generation):
+                if await self._give_up(generation, grace):
                     outcome = FinishReason.CANCELLED
                     with suppress(TimeoutError):
                         async with asyncio.timeout(FAREWELL_SECONDS):
@@ -206,13 +208,13 @@ class Generations:
             generation.end(outcome)
             await generation.unsubscribe()
 
-    async def _give_up(self, generation: Generation) -> bool:
+    async def _give_up(self, generation: Generation, grace: float) -> bool:
         """Cancel it, if that is what its client's leaving means and nobody came (back) for it meanwhile."""
         if generation.answer.on_disconnect == "continue":
             return False
-        if self._grace_seconds:
+        if grace:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._grace_seconds):
+                async with asyncio.timeout(grace):
                     await generation.finish()
         if generation.ended or self._num_readers[generation.request_id]:
             return False

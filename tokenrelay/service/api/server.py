@@ -14,9 +14,9 @@ from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tokenrelay.service.api.app import create_app
+from tokenrelay.service.api.connection import KEEP_ALIVE_SECONDS, Connection
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.served_model import load_served_model
 from tokenrelay.service.notification import tell_ready
@@ -52,7 +52,8 @@ class DrainingServer(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
-                http="h11",  # its limit on headers is the reason: httptools has none
+                http=Connection,  # h11, for its limit on headers: httptools has none
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 ws="none",
                 lifespan="on",
                 log_level=settings.log_level,
@@ -99,22 +100,18 @@ class DrainingServer(uvicorn.Server):
         """Idle connections get one more answer, if they ask soon; closing them at once would fail who just asked."""
         self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
         for connection in self._connections:
-            if not _is_idle(connection):
+            if not connection.is_idle:
                 connection.cycle.keep_alive = False  # its headers may be sent already
         with suppress(TimeoutError):
             async with asyncio.timeout(min(PARTING_SECONDS, self._drain_seconds)):
-                while any(map(_is_idle, self._connections)):  # noqa: ASYNC110 - uvicorn tells nobody of them
+                while any(connection.is_idle for connection in self._connections):  # noqa: ASYNC110 - uvicorn tells nobody of them
                     await asyncio.sleep(POLL_SECONDS)
 
     @property
-    def _connections(self) -> list[H11Protocol]:
-        return cast(list[H11Protocol], list(self.server_state.connections))
+    def _connections(self) -> list[Connection]:
+        return cast(list[Connection], list(self.server_state.connections))
 
     @property
     def _process(self) -> ApiProcess:
         process: ApiProcess = self._app.state.api
         return process
-
-
-def _is_idle(connection: H11Protocol) -> bool:
-    return connection.cycle is None or connection.cycle.response_complete

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tokenrelay.service.api.choices import LARGE_LOGPROBS, Choices, Step
+from tokenrelay.service.api.connection import was_cut_off
 from tokenrelay.service.api.event_loop import ClientGone, client_gone, off_loop_if_large, race
 from tokenrelay.service.api.generation import GenerationFailed, Generations
 from tokenrelay.service.api.schemas.errors import ErrorBody
@@ -27,7 +28,6 @@ from tokenrelay.service.errors import ServiceError
 KEEP_ALIVE = b": keep-alive\n"  # no blank line: openai's client takes that for an event once it has seen an id
 RETRY = b"retry: 1000\n"  # milliseconds until an EventSource connects again; no blank line, for the same reason
 DONE = format_sse_event(data_str="[DONE]")
-STALL_SECONDS = 60.0  # a client that reads nothing for this long is gone; it may resume
 
 log = structlog.get_logger()
 
@@ -82,7 +82,7 @@ class EventStream(Response):
         except ClientGone:
             pass
         finally:
-            await self._choices.close()
+            await self._choices.close(may_return=was_cut_off(scope))
 
     async def _stream_until_failure(self, receive: Receive, send: Send) -> ServiceError | None:
         try:
@@ -142,11 +142,7 @@ class EventStream(Response):
 
     async def _send(self, send: Send, body: bytes) -> None:
         self._last_sent = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout(STALL_SECONDS):
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-        except TimeoutError:
-            raise ClientGone from None
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def frame(chunk: BaseModel, at: str | None = None) -> bytes:
