@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -30,6 +31,7 @@ ANSWERED_BODY = BODY.replace(b"/v1/completions", b"/nowhere")
 NOTHING = b""
 PATIENCE = 0.4  # seconds, in short tests
 CLOSED_WITHIN = 10.0
+ARRIVALS = 250  # per second, as slowhttptest's below
 ALIVE_WITHIN = 0.05
 
 
@@ -42,26 +44,31 @@ class Ending(NamedTuple):
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenrelay.service.api.connection.RECEIVE_SECONDS", PATIENCE)
+    monkeypatch.setattr("tokenrelay.service.api.connection.HEAD_SECONDS", PATIENCE)
+    monkeypatch.setattr("tokenrelay.service.api.connection.LINGER_SECONDS", PATIENCE)
     monkeypatch.setattr("tokenrelay.service.api.body.BODY_SECONDS", PATIENCE)
 
 
-async def drip(port: int, beginning: bytes, pace: float) -> Ending:
-    """Send a beginning, then a byte every ``pace`` seconds, until the server closes."""
+async def drip(port: int, beginning: bytes, pace: float, delay: float = 0.0) -> Ending:
+    """After a delay send a beginning, then a byte every ``pace`` seconds, until the server closes."""
+    await asyncio.sleep(delay)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     started = time.monotonic()
     writer.write(beginning)
-    reading = asyncio.create_task(reader.read())
+    reply = bytearray()
     with suppress(ConnectionError):
-        while not (await asyncio.wait({reading}, timeout=pace))[0]:
+        while not reader.at_eof():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pace):
+                    reply += await reader.read(4096)
+                    continue
             if beginning:
                 writer.write(b"x")
-        await reading
     seconds = time.monotonic() - started
     writer.close()
     with suppress(ConnectionError):
         await writer.wait_closed()
-    return Ending(b"" if reading.exception() else reading.result(), seconds)
+    return Ending(bytes(reply), seconds)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -108,6 +115,7 @@ async def test_an_idle_connection_stays_for_longer_than_clients_keep_theirs(serv
     async with httpx.AsyncClient(base_url=server.base_url) as http:
         await http.get("/livez")
         [connection] = server.connections
+        await asyncio.to_thread(wait_for, lambda: connection.timeout_keep_alive_task)
         timer = connection.timeout_keep_alive_task
         assert timer
         assert timer.when() - connection.loop.time() > 60
@@ -131,7 +139,7 @@ async def test_a_request_that_comes_as_its_idle_connection_is_closed_is_answered
     """It is in the socket already when the time is up: closing would reset the connection instead."""
     request = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    sender = writer.get_extra_info("socket")
+    sender = socket.fromfd(writer.get_extra_info("socket").fileno(), socket.AF_INET, socket.SOCK_STREAM)
     sender.send(request)
     await reader.readuntil(b'"ok"}')
     [connection] = server.connections
@@ -145,6 +153,7 @@ async def test_a_request_that_comes_as_its_idle_connection_is_closed_is_answered
     assert b" 200 " in await reader.readuntil(b'"ok"}')
     connection.loop.call_soon_threadsafe(connection.timeout_keep_alive_handler)
     assert await reader.read() == b""
+    sender.close()
     writer.close()
     await writer.wait_closed()
 
@@ -177,7 +186,7 @@ async def endpoint(valkey: EmbeddedValkey, smollm2_path: Path) -> AsyncIterator[
 async def test_five_hundred_slow_senders_disturb_nobody(endpoint: Endpoint, beginning: bytes) -> None:
     alone = await latencies(endpoint, 5)
     probing = asyncio.create_task(latencies(endpoint, CLOSED_WITHIN + 2))
-    endings = await asyncio.gather(*(drip(endpoint.port, beginning, 1.0) for _ in range(500)))
+    endings = await asyncio.gather(*(drip(endpoint.port, beginning, 1.0, n / ARRIVALS) for n in range(500)))
     beside = await probing
     slowest = max(ending.seconds for ending in endings)
     figures = [1000 * percentile(taken, 0.99) for taken in (alone, beside)]

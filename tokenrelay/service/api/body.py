@@ -25,7 +25,7 @@ from tokenrelay.service.errors import (
     UnsupportedParameter,
 )
 
-BODY_SECONDS = 8.0  # a client that takes longer to send its body only holds a connection …
+BODY_SECONDS = 7.0  # a client that takes longer to send its body only holds a connection …
 BODY_BYTES_PER_SECOND = 16 << 10  # … unless it sends as much as this
 LARGE_BODY = 64 << 10  # bytes
 MAX_PARAM_CHARACTERS = 100  # field names come from the client too

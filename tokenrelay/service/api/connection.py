@@ -17,7 +17,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tokenrelay.service.api.error_handlers import error_response
 from tokenrelay.service.errors import RequestTimeout
 
-RECEIVE_SECONDS = 8.0  # from first to last byte, for a request's head, or for a body that nobody reads
+HEAD_SECONDS = 7.0  # from first to last byte of a request's head
+LINGER_SECONDS = 2.0  # for what comes behind an answer: closing at once would destroy the answer on its way
 STALL_SECONDS = 30.0  # for a client to make room for more of its answer
 KEEP_ALIVE_SECONDS = 75  # clients drop idle connections earlier: a request sent as we close one would be lost
 UNSENT_BYTES = 16 << 10  # that the kernel takes from us before the client's side has taken them
@@ -35,6 +36,7 @@ class Connection(H11Protocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._receiving: asyncio.TimerHandle | None = None
+        self._refused = False
         self._stalling: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -50,6 +52,10 @@ class Connection(H11Protocol):
                 timer.cancel()
 
     # --- a request that does not come ---------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if not self._refused:
+            super().data_received(data)
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -68,7 +74,7 @@ class Connection(H11Protocol):
 
     def _watch_request(self) -> None:
         if self.is_idle and self._is_receiving:
-            self._receiving = self._receiving or self.loop.call_later(RECEIVE_SECONDS, self._give_up_receiving)
+            self._receiving = self._receiving or self.loop.call_later(self._patience, self._give_up_receiving)
             return
         if self._receiving:
             self._receiving.cancel()
@@ -81,10 +87,18 @@ class Connection(H11Protocol):
         """The connection's first request, the rest of a head, or of a body that is answered already."""
         return self.cycle is None or self.conn.their_state is not h11.IDLE or bool(self.conn.trailing_data[0])
 
+    @property
+    def _patience(self) -> float:
+        return HEAD_SECONDS if self.conn.their_state is h11.IDLE else LINGER_SECONDS
+
     def _give_up_receiving(self) -> None:
-        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
-            self.transport.write(_TIMED_OUT)
-        self.transport.close()
+        if self._refused or self.conn.their_state is not h11.IDLE or not self.conn.trailing_data[0]:
+            self.transport.close()
+            return
+        self._refused = True
+        self.transport.write(_TIMED_OUT)
+        self.transport.write_eof()
+        self._receiving = self.loop.call_later(LINGER_SECONDS, self._give_up_receiving)
 
     def timeout_keep_alive_handler(self) -> None:
         """One more turn of the loop: a request that has arrived meanwhile is read first."""
@@ -127,7 +141,7 @@ def _limit_kernel(connection: socket.socket) -> None:
 
 def _timed_out() -> bytes:
     """The whole response to a head that does not come: there is no request yet that a route could answer."""
-    response = error_response(RequestTimeout(f"The request did not arrive within {RECEIVE_SECONDS:.0f} seconds."))
+    response = error_response(RequestTimeout(f"The request did not arrive within {HEAD_SECONDS:.0f} seconds."))
     headers = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
     return b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\n" + headers + b"\r\n" + bytes(response.body)
 

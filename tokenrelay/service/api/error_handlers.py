@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from tokenrelay.service.api.event_loop import ClientGone
 from tokenrelay.service.api.generation import GenerationFailed
 from tokenrelay.service.api.request_id import HEADER, request_id_of
-from tokenrelay.service.errors import InvalidRequestError, RequestTimeout, ServiceError
+from tokenrelay.service.errors import InvalidRequestError, ServiceError
 
 DEFAULT_RETRY_AFTER = 1.0  # seconds
 MAX_RETRY_AFTER = 120.0  # openai's client takes a longer wait for none at all
@@ -53,8 +53,7 @@ def retry_headers(error: ServiceError) -> dict[str, str]:
 
 async def _refused(request: Request, error: ServiceError) -> Response:
     request.app.state.api.metrics.refused(error.code)
-    gone_stale = {"Connection": "close"} if isinstance(error, RequestTimeout) else {}  # its rest is not waited for
-    return error_response(error, headers=gone_stale)
+    return error_response(error)
 
 
 async def _failed(request: Request, failure: GenerationFailed) -> Response:
