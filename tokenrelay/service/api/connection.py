@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from typing import Any
 
 import h11
@@ -20,9 +21,11 @@ from tokenrelay.service.errors import RequestTimeout
 HEAD_SECONDS = 7.0  # from first to last byte of a request's head
 LINGER_SECONDS = 2.0  # for what comes behind an answer: closing at once would destroy the answer on its way
 STALL_SECONDS = 30.0  # for a client to make room for more of its answer
+VANISHED_MILLISECONDS = 60_000  # for its side to acknowledge anything
 KEEP_ALIVE_SECONDS = 75  # clients drop idle connections earlier: a request sent as we close one would be lost
 UNSENT_BYTES = 16 << 10  # that the kernel takes from us before the client's side has taken them
 _CUT_OFF = "cut_off"
+_RESET = struct.pack("ii", 1, 0)  # of SO_LINGER: the kernel forgets what it could not send, and says so
 
 
 def was_cut_off(scope: Scope) -> bool:
@@ -126,6 +129,8 @@ class Connection(H11Protocol):
 
     def _cut_off(self) -> None:
         self.scope["state"][_CUT_OFF] = True
+        connection: socket.socket = self.transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.transport.abort()
 
 
@@ -136,7 +141,7 @@ def _limit_kernel(connection: socket.socket) -> None:
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALL_SECONDS * 1000))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, VANISHED_MILLISECONDS)
 
 
 def _timed_out() -> bytes:
