@@ -26,6 +26,7 @@ BLOCK_SECONDS = 1.0  # how long one blocking read may wait, and so how long a sh
 BLOCKING_SOCKET_TIMEOUT = 5.0  # above BLOCK_SECONDS, or every idle read would look like a dead broker
 SOCKET_TIMEOUT = 0.6  # without a byte from the broker
 MAX_CONNECTIONS = 3  # callers beyond wait their turn: one process fills no more, and a broker serves few at a time
+LATE_SECONDS = 0.05  # that a timer of an event loop with little to do may be
 RETRY_AFTER = 2.0
 
 SENTINEL = "redis+sentinel"
@@ -57,15 +58,23 @@ def connect(url: str, *, blocking: bool = False, ca_file: str = "") -> Redis:
 
 
 class _RetryWhatBreaks(Retry):
-    """For a connection that was closed, not for silence: an error that took long to come is the last."""
+    """For a connection that was closed, not for silence: an error that took long to come is the last.
+
+    Unless it is late even for that: then this process was busy, and the broker may well have answered.
+    """
 
     async def call_with_retry(self, do: Any, fail: Any, *_: Any, **options: Any) -> Any:
         started = time.monotonic()
 
-        def came_soon(error: Exception) -> bool:
-            return time.monotonic() - started < SOCKET_TIMEOUT / 2
+        async def timed() -> Any:
+            nonlocal started
+            started = time.monotonic()
+            return await do()
 
-        return await super().call_with_retry(do, fail, came_soon, **options)
+        def worthwhile(error: Exception) -> bool:
+            return not SOCKET_TIMEOUT / 2 < time.monotonic() - started < SOCKET_TIMEOUT + LATE_SECONDS
+
+        return await super().call_with_retry(timed, fail, worthwhile, **options)
 
 
 class _SentinelPool(QueuedPool, SentinelConnectionPool):

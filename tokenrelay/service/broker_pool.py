@@ -14,6 +14,8 @@ from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError
 
+LOOKS = 3  # in which nobody was served: after one alone it may have been this process that was too busy to see it
+
 
 class QueuedPool(ConnectionPool):
     """Raises ConnectionError to who waits when for ``patience`` seconds nobody was served.
@@ -49,9 +51,11 @@ class QueuedPool(ConnectionPool):
             await self._free.acquire()  # at once
             return
         turn = asyncio.ensure_future(self._free.acquire())
+        idle_looks = 0
         try:
-            while not (await asyncio.wait({turn}, timeout=self._patience))[0]:
-                if time.monotonic() - self._served_at >= self._patience:
+            while not (await asyncio.wait({turn}, timeout=self._patience / LOOKS))[0]:
+                idle_looks = 0 if time.monotonic() - self._served_at < self._patience else idle_looks + 1
+                if idle_looks >= LOOKS:
                     raise ConnectionError("The broker serves nobody.")
         except BaseException:
             if not turn.cancel():  # it had come
