@@ -23,7 +23,7 @@ from tokenrelay.service.broker_pool import QueuedPool
 from tokenrelay.service.errors import BrokerUnavailable
 
 BLOCK_SECONDS = 1.0  # how long one blocking read may wait, and so how long a shutdown may
-BLOCKING_SOCKET_TIMEOUT = 5.0  # above BLOCK_SECONDS, or every idle read would look like a dead broker
+BLOCKING_SOCKET_TIMEOUT = 2.5  # above BLOCK_SECONDS, or every idle read would look like a dead broker
 SOCKET_TIMEOUT = 0.6  # without a byte from the broker
 MAX_CONNECTIONS = 3  # callers beyond wait their turn: one process fills no more, and a broker serves few at a time
 LATE_SECONDS = 0.05  # that a timer of an event loop with little to do may be

@@ -70,9 +70,17 @@ class Server(Endpoint):
         """Those open now."""
         return list(self.uvicorn.server_state.connections)  # type: ignore[arg-type]
 
+    def num_tasks(self) -> int:
+        """Of its event loop."""
+        return asyncio.run_coroutine_threadsafe(_num_tasks(), self.uvicorn.servers[0].get_loop()).result(10)
+
     @property
     def metrics(self) -> CollectorRegistry:
         return self.process.metrics.registry
+
+
+async def _num_tasks() -> int:
+    return len(asyncio.all_tasks()) - 1
 
 
 @contextmanager
