@@ -1,15 +1,45 @@
-"""A network so small that what is around it is tested."""
+"""Services to kill parts of."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
+from tests.chaos.streams import Recording, mixed_requests, read_all
+from tests.service.running import MODEL, RunningService
 from tests.service.tiny_model import write_tiny_model
+
+EIGHT = mixed_requests(8, 40)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Path:
-    """Two layers, random weights, SmolLM2's first tokens."""
+    """Two layers, random weights, SmolLM2's first tokens: so small that what is around it is tested."""
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf", smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model: Path) -> dict[str, Any]:
+    """The options of a service with the tiny model."""
+    return {"model": str(tiny_model), "served_model_name": MODEL, "kv_cache_mb": 64}
+
+
+@pytest.fixture(scope="package")
+def service(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[RunningService]:
+    """With the real model, and one process of each kind: the next test finds it as if nobody had killed any."""
+    with RunningService(tmp_path_factory.mktemp("service"), drain_seconds=20) as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def undisturbed(service: RunningService) -> list[Recording]:
+    """What ``EIGHT`` requests answer when nobody is killed."""
+    with httpx.Client(base_url=service.url, timeout=60) as http:
+        recordings = read_all(http, EIGHT)
+    for recording in recordings:
+        recording.assert_whole()
+    return recordings

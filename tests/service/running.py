@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Self, TypeVar
 import httpx
 import openai
 import psutil
+
+from tokenrelay.service.embedded_valkey import url_of_running
 
 MODEL = "smollm2-135m-instruct"
 T = TypeVar("T")
@@ -50,6 +53,8 @@ class RunningService:
             "worker_metrics_port": self.worker_port,
             "data_dir": str(self._data),
         }
+        num_workers = int(options.get("workers", 1)) + int(options.get("spare_workers", 0))
+        self._ports = [self.port, *range(self.worker_port, self.worker_port + num_workers)]
         self._command = [sys.executable, "-m", "tokenrelay", "serve", *_flags(own | options)]
         self.process: subprocess.Popen[bytes]
 
@@ -81,6 +86,11 @@ class RunningService:
             return False
 
     @property
+    def broker_url(self) -> str:
+        """Of its embedded Valkey."""
+        return url_of_running(self._data)
+
+    @property
     def log(self) -> str:
         return self._log.read_text()
 
@@ -107,13 +117,13 @@ class RunningService:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of both processes: ``name{labels}`` → value."""
-        samples = {}
-        for port in (self.port, self.worker_port):
+        """Every sample, added up over the processes: ``name{labels}`` → value."""
+        samples: defaultdict[str, float] = defaultdict(float)
+        for port in self._ports:
             for line in httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines():
                 if not line.startswith("#"):
                     name, _, value = line.rpartition(" ")
-                    samples[name] = float(value)
+                    samples[name] += float(value)
         return samples
 
     def metric(self, stem: str) -> float:

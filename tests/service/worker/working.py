@@ -12,7 +12,9 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
 from tokenrelay.model.config import EngineConfig
+from tokenrelay.model.detokenizer import TokenBytes
 from tokenrelay.model.engine.engine import Engine
+from tokenrelay.model.engine.request import Request
 from tokenrelay.model.engine.scheduler import Scheduler
 from tokenrelay.model.engine.step import Sampled, SchedulerOutput
 from tokenrelay.service.keys import Keys
@@ -47,25 +49,37 @@ class Counting:
 
     def execute(self, output: SchedulerOutput) -> list[Sampled]:
         self.gate.wait(60)
-        return [Sampled((entry.request.num_tokens,)) if entry.samples else Sampled() for entry in output.scheduled]
+        return [Sampled((self.next_id(entry.request),)) if entry.samples else Sampled() for entry in output.scheduled]
+
+    def next_id(self, request: Request) -> int:
+        return request.num_tokens
 
 
 class Hand:
     """A worker that runs, and its engine's gate."""
 
-    def __init__(self, redis: Redis, keys: Keys, settings: Settings, role: Role) -> None:
-        self.network = Counting()
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        settings: Settings,
+        role: Role,
+        network: Counting | None = None,
+        vocabulary: TokenBytes | None = None,
+    ) -> None:
+        self.network = network or Counting()
         engine = Engine(Scheduler(EngineConfig(), 64, CONTEXT, []), self.network, CONTEXT)  # type: ignore[arg-type]
         relay = (redis, keys, settings)
         nothing: Any = None
+        self.metrics = WorkerMetrics(CollectorRegistry(), "m")
         self.worker = Worker(
             engine,
-            OutputProcessor(Letters()),
+            OutputProcessor(vocabulary or Letters()),
             nothing,  # no grammars are compiled
             Queue(*relay),
             TokenLog(*relay),
             Registry(*relay),
-            WorkerMetrics(CollectorRegistry(), "m"),
+            self.metrics,
             settings,
             "m",
             role,
@@ -74,9 +88,11 @@ class Hand:
 
 
 @asynccontextmanager
-async def working(redis: Redis, keys: Keys, settings: Settings, role: Role) -> AsyncIterator[Hand]:
+async def working(
+    redis: Redis, keys: Keys, settings: Settings, role: Role, network: Counting | None = None
+) -> AsyncIterator[Hand]:
     """It is announced when the body begins; in the end it drains, or is simply gone if it was cancelled."""
-    hand = Hand(redis, keys, settings, role)
+    hand = Hand(redis, keys, settings, role, network)
     running = asyncio.create_task(hand.worker.run())
     await hand.worker.announced.wait()
     yield hand
