@@ -62,6 +62,7 @@ class Worker:
         self._drain = asyncio.Event()
         self._outbox: asyncio.Queue[list[Publication]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
+        self._reclaim_from = 0.0  # by the loop's clock
         self._death: asyncio.Future[BaseException] = self._loop.create_future()
         self._engine = EngineThread(
             engine,
@@ -134,15 +135,19 @@ class Worker:
         return self._settings.max_num_seqs - max(len(self._held), state.num_choices)
 
     async def _heartbeat(self) -> None:
-        """Renew before reclaiming: after a broker's outage our own leases may have run out, unclaimed."""
+        """Renew before reclaiming: after a broker's outage leases have run out, ours and those of others that live."""
         held = dict(self._held.epochs)
-        renewal = await self._queue.renew(self.worker_id, held)
+        try:
+            renewal = await self._queue.renew(self.worker_id, held)
+        except BrokerUnavailable:
+            self._reclaim_from = self._loop.time() + self._settings.lease_seconds
+            raise
         for request_id in renewal.lost:
             self._lose(request_id, held[request_id])
         for request_id in renewal.cancelled:
             self._engine.cancel(request_id)
         await self._queue.expire()
-        if await self._queue.reclaim():
+        if self._loop.time() >= self._reclaim_from and await self._queue.reclaim():
             self._wake.set()
 
     async def _announce(self) -> None:
