@@ -22,7 +22,7 @@ VICTIMS = ("worker", "valkey-server", "api")
 
 def body_of(client: int) -> Body:
     """Greedy and seeded by turns."""
-    return {"prompt": "The history of bread", "max_tokens": 60, "temperature": client % 2, "seed": client}
+    return {"prompt": "The history of bread", "max_tokens": 30, "temperature": client % 2, "seed": client}
 
 
 class ClosedLoop:

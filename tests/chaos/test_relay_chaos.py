@@ -31,12 +31,16 @@ from tokenrelay.service.keys import Keys
 from tokenrelay.service.mailbox import Mailbox
 from tokenrelay.service.messages import Event, Submission
 from tokenrelay.service.queue import Queue
+from tokenrelay.service.request_records import Moment, RequestRecords
 from tokenrelay.service.settings import Settings
+from tokenrelay.service.terms import AnswerSpec, Terms
 from tokenrelay.service.token_log import TokenLog
 
 NUM_WORKERS = 4
 MOST_TOKENS = 12
-TICK = 0.25  # seconds
+TERMS = Terms(answer=AnswerSpec(route="completion", model=MODEL, created=0, num_prompt_tokens=3))
+LEASE = 2.0  # seconds
+TICK = 0.25
 RETRY_SECONDS = 0.1
 
 
@@ -54,23 +58,21 @@ class Fleet:
     def __init__(self, settings: Settings) -> None:
         self._context, self._settings = fake_worker.context(), settings
         self._numbers = count()
-        self._workers: list[ForkServerProcess] = []
-        self.num_deaths = -NUM_WORKERS  # those that are hired first replace nobody
+        self._workers: dict[str, ForkServerProcess] = {}
+        self.dead: set[str] = set()  # their names
 
     def replace_dead(self) -> None:
-        self._workers = [worker for worker in self._workers if worker.is_alive()]
+        self.dead |= {name for name, worker in self._workers.items() if not worker.is_alive()}
+        self._workers = {name: worker for name, worker in self._workers.items() if name not in self.dead}
         while len(self._workers) < NUM_WORKERS:
-            self._workers.append(fake_worker.start(self._context, self._settings, f"fake-{next(self._numbers)}"))
-            self.num_deaths += 1
+            name = f"fake-{next(self._numbers)}"
+            self._workers[name] = fake_worker.start(self._context, self._settings, name)
 
     def kill_one(self, chance: random.Random) -> None:
-        pid = chance.choice(self._workers).pid
-        assert pid
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        chance.choice(list(self._workers.values())).kill()
 
     def dismiss(self) -> None:
-        for worker in self._workers:
+        for worker in self._workers.values():
             worker.kill()
             worker.join()
 
@@ -78,9 +80,10 @@ class Fleet:
 class Client:
     """Sends requests, and judges how each ends."""
 
-    def __init__(self, queue: Queue, token_log: TokenLog, mailbox: Mailbox) -> None:
-        self._queue, self._token_log, self._mailbox = queue, token_log, mailbox
+    def __init__(self, queue: Queue, token_log: TokenLog, records: RequestRecords, mailbox: Mailbox) -> None:
+        self._queue, self._token_log, self._records, self._mailbox = queue, token_log, records, mailbox
         self.outcomes: Counter[str] = Counter()
+        self.failures: dict[int, tuple[str, list[Moment]]] = {}  # by seed: what became of it, and how
 
     async def ask(self, seed: int) -> None:
         request_id, num_tokens = f"request-{seed}", 1 + seed % MOST_TOKENS
@@ -93,22 +96,26 @@ class Client:
                 )
             )
             entries = [entry async for entry in events]
-        kept = await self._kept(request_id)
-        self.outcomes[judged(seed, num_tokens, entries) if kept == entries else "log differs"] += 1
+        kept, timeline = await self._kept(request_id)
+        outcome = judged(seed, num_tokens, entries) if kept == entries else "log differs"
+        self.outcomes[outcome] += 1
+        if outcome != "right":
+            self.failures[seed] = outcome, timeline
 
     async def _submit(self, submission: Submission) -> None:
         """Until it is accepted: the relay takes a repeated one for the same."""
         while True:
             try:
-                await self._queue.submit(submission, mailbox=self._mailbox.name)
+                await self._queue.submit(submission, mailbox=self._mailbox.name, terms=TERMS)
                 return
             except (BrokerUnavailable, QueueFull):
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def _kept(self, request_id: str) -> list[tuple[int, Event]]:
+    async def _kept(self, request_id: str) -> tuple[list[tuple[int, Event]], list[Moment]]:
+        """The broker's memory of it."""
         while True:
             with suppress(BrokerUnavailable):
-                return await self._token_log.read(request_id)
+                return await self._token_log.read(request_id), (await self._records.read(request_id)).timeline
             await asyncio.sleep(RETRY_SECONDS)
 
 
@@ -133,7 +140,11 @@ class Site:
     def __init__(self, broker: EmbeddedValkey, fleet: Fleet, client: Client, chances: Chances) -> None:
         self.fleet, self.client, self.happened = fleet, client, Counter[str]()
         self._broker, self._chances, self._chance = broker, chances, random.Random(3)
-        self._toxic_seeds = count(TOXIC)
+
+    @property
+    def toxic_seeds(self) -> set[int]:
+        """Of those sent so far."""
+        return set(range(TOXIC, TOXIC + self.happened["toxic_request"]))
 
     async def run(self, num_requests: int, per_second: float) -> None:
         """Returns when every request has ended."""
@@ -162,7 +173,7 @@ class Site:
 
     def _let_happen(self, name: str, asking: asyncio.TaskGroup) -> None:
         if name == "toxic_request":
-            asking.create_task(self.client.ask(next(self._toxic_seeds)))
+            asking.create_task(self.client.ask(max(self.toxic_seeds)))
         elif name == "worker_kill":
             self.fleet.kill_one(self._chance)
         else:
@@ -175,18 +186,22 @@ class Site:
 @asynccontextmanager
 async def site(folder: Path, chances: Chances) -> AsyncIterator[tuple[Site, DeadLetters, Queue]]:
     broker = EmbeddedValkey(folder, memory_mb=256)
-    settings = Settings(redis_url=broker.start(), lease_seconds=1, retention_seconds=60, drain_seconds=0)
+    settings = Settings(redis_url=broker.start(), lease_seconds=LEASE, retention_seconds=60, drain_seconds=0)
     async with AsyncExitStack() as stack:
         stack.callback(broker.stop)
         redis = await stack.enter_async_context(connect(broker.url))
         blocking = await stack.enter_async_context(connect(broker.url, blocking=True))
         relay = (redis, Keys(MODEL), settings)
-        queue, token_log = Queue(*relay), TokenLog(*relay)
+        queue, token_log, records = Queue(*relay), TokenLog(*relay), RequestRecords(redis, Keys(MODEL))
         mailbox = Mailbox(blocking, redis, Keys(MODEL), token_log, "client")
         reading = asyncio.create_task(mailbox.run())
         fleet = Fleet(settings)
         stack.callback(fleet.dismiss)
-        yield Site(broker, fleet, Client(queue, token_log, mailbox), chances), DeadLetters(redis, settings), queue
+        yield (
+            Site(broker, fleet, Client(queue, token_log, records, mailbox), chances),
+            DeadLetters(redis, settings),
+            queue,
+        )
         reading.cancel()
         with suppress(asyncio.CancelledError):
             await reading
@@ -198,15 +213,15 @@ async def check(folder: Path, num_requests: int, per_second: float, chances: Cha
         await running.run(num_requests, per_second)
         seconds, happened = time.monotonic() - started, running.happened
         print(f"\n{num_requests} requests in {seconds:.0f} s: {dict(happened)}")
-        print(f"  workers that died: {running.fleet.num_deaths}")
-        print(f"  outcomes: {dict(running.client.outcomes)}")
-        letters = [letter for letter in await dead_letters.all() if letter.model == MODEL]
+        print(f"  workers that died: {len(running.fleet.dead)}; outcomes: {dict(running.client.outcomes)}")
+        for seed in running.client.failures.keys() - running.toxic_seeds:
+            print(f"  {seed}: {running.client.failures[seed]}")
         assert running.client.outcomes == {"right": num_requests, "worker_lost": happened["toxic_request"]}
-        assert len(letters) == happened["toxic_request"]
-        assert all(letter.attempts <= 3 and letter.submission for letter in letters)
-        assert {letter.submission.params.seed for letter in letters if letter.submission} == {
-            TOXIC + i for i in range(len(letters))
-        }
+        assert running.client.failures.keys() == running.toxic_seeds
+        letters = await dead_letters.all()
+        assert {letter.submission.params.seed for letter in letters if letter.submission} == running.toxic_seeds
+        assert len(letters) == len(running.toxic_seeds)
+        assert all(letter.attempts <= 3 and not letter.num_events for letter in letters)
         assert await queue.num_waiting() == 0
         assert min(happened[name] for name in Chances._fields) > 0, "nothing was tried"
 
