@@ -37,7 +37,12 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]
 def url(valkey: EmbeddedValkey) -> Iterator[str]:
     """The broker; afterwards every key has a TTL or is one of the permanent ones."""
     yield valkey.url
-    with sync_redis.Redis.from_url(valkey.url) as client:
+    assert_nothing_stays(valkey.url)
+
+
+def assert_nothing_stays(url: str) -> None:
+    """Every key has a TTL or is one of the permanent ones; now they are gone."""
+    with sync_redis.Redis.from_url(url) as client:
         everlasting = [key.decode() for key in client.scan_iter(count=1000) if client.ttl(key) == -1]
         client.flushall()
     assert [key for key in everlasting if key not in Keys(_model_of(key)).permanent] == []

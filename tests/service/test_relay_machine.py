@@ -1,10 +1,13 @@
-"""Whatever workers, clients and clocks do: a log is a prefix of the true output, and ends exactly once."""
+"""Whatever workers, clients, clocks and the broker do: a log is a prefix of the true output, and ends exactly once."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -12,8 +15,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from tests.service.conftest import assert_nothing_stays
 from tests.service.relay import ending, publication, submission, token
 from tokenrelay.service.broker import connect
+from tokenrelay.service.embedded_valkey import EmbeddedValkey
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.messages import Event, Submission, decode_deliveries, encode
 from tokenrelay.service.queue import Claim, Queue
@@ -36,12 +41,13 @@ class Work:
 
 
 class Relay(RuleBasedStateMachine):
-    """Two workers that crash, pause and wake, against the real broker."""
+    """Two workers that crash, pause and wake, against a real broker that is killed."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, broker: EmbeddedValkey) -> None:
         super().__init__()
+        self.broker = broker
         self.loop = asyncio.Runner()
-        self.redis = self.run(_open(url))
+        self.redis = self.run(_open(broker.url))
         self.keys = Keys("machine")
         self.queue = Queue(self.redis, self.keys, Settings(lease_seconds=600, max_attempts=3))
         self.log = TokenLog(self.redis, self.keys, Settings())
@@ -54,6 +60,7 @@ class Relay(RuleBasedStateMachine):
         self.late: set[str] = set()  # ids whose deadline is over, which nobody has noticed yet
         self.owners: dict[str, Work] = {}  # who may write
         self.works: list[Work] = []  # whoever believes to
+        self.broker_was_killed = False
 
     def run(self, step: Coroutine[Any, Any, Result]) -> Result:
         return self.loop.run(step)
@@ -154,6 +161,16 @@ class Relay(RuleBasedStateMachine):
         self.late.clear()
         assert self.run(self.redis.exists(self.keys.deadlines)) == 0
 
+    @precondition(lambda self: not self.broker_was_killed)  # once is enough, and takes its time
+    @rule()
+    def the_broker_is_killed(self) -> None:
+        """And started again: what it acknowledged is there, or one of the invariants misses it."""
+        self.broker_was_killed = True
+        assert self.broker.pid
+        os.kill(self.broker.pid, signal.SIGKILL)
+        self.broker.wait(10)
+        self.broker.start()
+
     @rule(worker_id=st.sampled_from(WORKERS))
     def renew(self, worker_id: str) -> None:
         """Of two claims of the same request a worker remembers the later one."""
@@ -249,9 +266,9 @@ async def _delivered(relay: Relay) -> dict[str, list[tuple[int, Event]]]:
     return seen
 
 
-def check(url: str, max_examples: int) -> None:
+def check(broker: EmbeddedValkey, max_examples: int) -> None:
     run_state_machine_as_test(
-        lambda: Relay(url),  # type: ignore[arg-type]
+        lambda: Relay(broker),  # type: ignore[arg-type]
         settings=settings(
             max_examples=max_examples,
             stateful_step_count=30,
@@ -263,10 +280,20 @@ def check(url: str, max_examples: int) -> None:
     )
 
 
-def test_relay(url: str) -> None:
-    check(url, max_examples=40)
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[EmbeddedValkey]:
+    """Of its own: its append-only file is short, so it is soon back."""
+    broker = EmbeddedValkey(tmp_path, memory_mb=64)
+    broker.start()
+    yield broker
+    assert_nothing_stays(broker.url)
+    broker.stop()
+
+
+def test_relay(broker: EmbeddedValkey) -> None:
+    check(broker, max_examples=40)
 
 
 @pytest.mark.long
-def test_relay_for_long(url: str) -> None:
-    check(url, max_examples=1000)
+def test_relay_for_long(broker: EmbeddedValkey) -> None:
+    check(broker, max_examples=1000)
