@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.chaos.streams import Recording, mixed_requests, read_all
-from tests.service.running import MODEL, RunningService
+from tests.service.running import MODEL, RunningService, wait_until
 from tests.service.tiny_model import write_tiny_model
 
 EIGHT = mixed_requests(8, 40)
@@ -26,6 +26,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> 
 def tiny(tiny_model: Path) -> dict[str, Any]:
     """The options of a service with the tiny model."""
     return {"model": str(tiny_model), "served_model_name": MODEL, "kv_cache_mb": 64}
+
+
+@pytest.fixture(scope="package")
+def tiny_service(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any]) -> Iterator[RunningService]:
+    """With the tiny model and a spare worker."""
+    with RunningService(tmp_path_factory.mktemp("tiny"), spare_workers=1, **tiny) as service:
+        wait_until(lambda: service.log.count('"worker ready"') == 2, "both workers are ready", 60)
+        yield service
 
 
 @pytest.fixture(scope="package")

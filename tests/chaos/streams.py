@@ -130,8 +130,13 @@ def read(http: httpx.Client, body: Body, recording: Recording | None = None, key
 
 def read_rest(http: httpx.Client, recording: Recording) -> None:
     """Read on where the connection broke, as a browser would."""
-    url, headers = f"/v1/requests/{recording.request_id}/stream", {"Last-Event-ID": recording.last_id}
+    url, headers = resumption(recording)
     _take_all(recording, http, "GET", url, headers=headers)
+
+
+def resumption(recording: Recording) -> tuple[str, dict[str, str]]:
+    """Path and headers of the request for the rest."""
+    return f"/v1/requests/{recording.request_id}/stream", {"Last-Event-ID": recording.last_id}
 
 
 def read_whatever_happens(http: httpx.Client, body: Body, recording: Recording | None = None) -> Recording:

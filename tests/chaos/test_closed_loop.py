@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
-from typing import Any
 
 import httpx
 import pytest
@@ -59,13 +58,6 @@ class ClosedLoop:
     def _ask(self, client: int) -> Recording:
         with httpx.Client(base_url=self._service.url, timeout=60) as http:
             return read_whatever_happens(http, body_of(client))
-
-
-@pytest.fixture(scope="module")
-def tiny_service(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any]) -> Any:
-    with RunningService(tmp_path_factory.mktemp("service"), spare_workers=1, **tiny) as service:
-        wait_until(lambda: service.log.count('"worker ready"') == 2, "both workers are ready", 60)
-        yield service
 
 
 @pytest.mark.parametrize("victim", VICTIMS)

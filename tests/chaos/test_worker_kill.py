@@ -125,7 +125,8 @@ def test_twenty_kills_with_a_spare_worker(tmp_path: Path, smollm2_path: Path) ->
             trying.kill_at(share)
     trying.report("20 kills under 32 streams, with a spare worker")
     assert trying.num_same == trying.num_streams == 640
-    assert percentile((pause.seen for pause in trying.pauses), 99) <= 2.0
+    assert percentile((pause.detection + pause.claim for pause in trying.pauses), 99) < 1.0  # the rest is computing
+    assert percentile((pause.seen for pause in trying.pauses), 99) < min(trying.load_seconds)
 
 
 @pytest.mark.long
