@@ -85,6 +85,17 @@ class Client:
         self.outcomes: Counter[str] = Counter()
         self.failures: dict[int, tuple[str, list[Moment]]] = {}  # by seed: what became of it, and how
 
+    async def read_mailbox(self) -> None:
+        """For ever: whatever else ends it is a fault."""
+        try:
+            await self._mailbox.run()
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            assert task
+            if not task.cancelling():
+                raise AssertionError("the mailbox was cancelled by nobody") from error
+            raise
+
     async def ask(self, seed: int) -> None:
         request_id, num_tokens = f"request-{seed}", 1 + seed % MOST_TOKENS
         async with self._mailbox.subscribe(request_id) as events:
@@ -148,15 +159,17 @@ class Site:
 
     async def run(self, num_requests: int, per_second: float) -> None:
         """Returns when every request has ended."""
-        replacing = asyncio.create_task(self._replace_dead())
-        async with asyncio.TaskGroup() as asking:
-            misfortune = asyncio.create_task(self._misfortune(asking))
-            started = time.monotonic()
-            for seed in range(num_requests):
-                await asyncio.sleep(started + seed / per_second - time.monotonic())
-                asking.create_task(self.client.ask(seed))
-            misfortune.cancel()
-        replacing.cancel()
+        async with asyncio.TaskGroup() as background:
+            everlasting = [background.create_task(task) for task in (self._replace_dead(), self.client.read_mailbox())]
+            async with asyncio.TaskGroup() as asking:
+                misfortune = background.create_task(self._misfortune(asking))
+                started = time.monotonic()
+                for seed in range(num_requests):
+                    await asyncio.sleep(started + seed / per_second - time.monotonic())
+                    asking.create_task(self.client.ask(seed))
+                misfortune.cancel()
+            for task in everlasting:
+                task.cancel()
 
     async def _replace_dead(self) -> None:
         while True:
@@ -194,7 +207,6 @@ async def site(folder: Path, chances: Chances) -> AsyncIterator[tuple[Site, Dead
         relay = (redis, Keys(MODEL), settings)
         queue, token_log, records = Queue(*relay), TokenLog(*relay), RequestRecords(redis, Keys(MODEL))
         mailbox = Mailbox(blocking, redis, Keys(MODEL), token_log, "client")
-        reading = asyncio.create_task(mailbox.run())
         fleet = Fleet(settings)
         stack.callback(fleet.dismiss)
         yield (
@@ -202,9 +214,6 @@ async def site(folder: Path, chances: Chances) -> AsyncIterator[tuple[Site, Dead
             DeadLetters(redis, settings),
             queue,
         )
-        reading.cancel()
-        with suppress(asyncio.CancelledError):
-            await reading
 
 
 async def check(folder: Path, num_requests: int, per_second: float, chances: Chances) -> None:
