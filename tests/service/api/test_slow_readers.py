@@ -27,7 +27,7 @@ from tokenrelay.service.settings import Settings
 NUM_TOKENS = 700  # some 160 KB of stream
 RECEIVE_BUFFER = 4096  # bytes, of a client: a phone's, say
 STALL = 0.5  # seconds, in short tests
-FULL, MAX_BUFFERED = 64 << 10, 256 << 10  # bytes per reader, in this process and in the kernel
+FULL, MAX_BUFFERED = 32 << 10, 256 << 10  # bytes per reader, in this process and in the kernel
 
 
 class SlowReader:

@@ -20,7 +20,8 @@ from tokenrelay.service.errors import RequestTimeout
 
 HEAD_SECONDS = 7.0  # from first to last byte of a request's head
 LINGER_SECONDS = 2.0  # for what comes behind an answer: closing at once would destroy the answer on its way
-STALL_SECONDS = 30.0  # for a client to make room for more of its answer
+STALL_SECONDS = 30.0  # for a client to make room for ROOM_BYTES more of its answer
+BUFFERED_BYTES, ROOM_BYTES = 32 << 10, 8 << 10  # of an answer, before and until it is written on
 VANISHED_MILLISECONDS = 60_000  # for its side to acknowledge anything
 KEEP_ALIVE_SECONDS = 75  # clients drop idle connections earlier: a request sent as we close one would be lost
 UNSENT_BYTES = 16 << 10  # that the kernel takes from us before the client's side has taken them
@@ -44,6 +45,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=BUFFERED_BYTES, low=BUFFERED_BYTES - ROOM_BYTES)
         _limit_kernel(transport.get_extra_info("socket"))
         self._watch_request()
 
