@@ -29,7 +29,8 @@ class ClosedLoop:
 
     def __init__(self, service: RunningService, num_requests: int) -> None:
         self._service, self._num_requests = service, num_requests
-        self._expected = [self._ask(client) for client in range(NUM_CLIENTS)]
+        with self._connection() as http:
+            self._expected = [read_whatever_happens(http, body_of(client)) for client in range(NUM_CLIENTS)]
         self._lock = Lock()
         self.recordings: list[Recording] = []
 
@@ -49,15 +50,15 @@ class ClosedLoop:
         return NUM_CLIENTS * self._num_requests - len(self.recordings)
 
     def _ask_on_and_on(self, client: int) -> None:
-        for _ in range(self._num_requests):
-            recording = self._ask(client)
-            if recording.done and not recording.error and recording.is_that_of(self._expected[client]):
-                with self._lock:
-                    self.recordings.append(recording)
+        with self._connection() as http:
+            for _ in range(self._num_requests):
+                recording = read_whatever_happens(http, body_of(client))
+                if not recording.error and recording.is_that_of(self._expected[client]):
+                    with self._lock:
+                        self.recordings.append(recording)
 
-    def _ask(self, client: int) -> Recording:
-        with httpx.Client(base_url=self._service.url, timeout=60) as http:
-            return read_whatever_happens(http, body_of(client))
+    def _connection(self) -> httpx.Client:
+        return httpx.Client(base_url=self._service.url, timeout=60)
 
 
 @pytest.mark.parametrize("victim", VICTIMS)

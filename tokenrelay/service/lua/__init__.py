@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
 
 from tokenrelay.service.broker import broker_errors
 from tokenrelay.service.keys import LUA_CONSTANTS, Keys
@@ -15,24 +17,34 @@ from tokenrelay.service.messages import VERSION
 
 
 class Scripts:
-    """Calls scripts by name, loaded when first needed. Raises BrokerUnavailable when the broker is."""
+    """Calls scripts by name. Raises BrokerUnavailable when the broker is."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
         self._prefix = keys.prefix
-        self._scripts: dict[str, Any] = {}
 
     @broker_errors()
     async def call(self, name: str, keys: list[str], *args: str | bytes | int) -> Any:
-        script = self._scripts.get(name)
-        if script is None:
-            script = self._scripts[name] = self._redis.register_script(source(name))
-        return await script(keys, (self._prefix, *args))
+        """By its digest; a broker that does not know that (any more) gets the script itself.
+
+        To load it first and then to call it would leave a moment in which a restarted broker has forgotten it again.
+        """
+        arguments: Any = (len(keys), *keys, self._prefix, *args)
+        try:
+            return await self._redis.evalsha(digest(name), *arguments)
+        except NoScriptError:
+            return await self._redis.eval(source(name), *arguments)
 
 
 def packed(encoded: bytes) -> msgspec.Raw:
     """Bytes as a msgpack string: the ``cmsgpack`` of scripts does not know the binary type."""
     return msgspec.Raw(b"\xdb" + len(encoded).to_bytes(4, "big") + encoded)
+
+
+@cache
+def digest(name: str) -> str:
+    """By which the broker knows a script."""
+    return hashlib.sha1(source(name).encode()).hexdigest()
 
 
 @cache
