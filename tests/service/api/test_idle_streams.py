@@ -23,18 +23,24 @@ MAX_RESIDENT = 40 << 10  # bytes per stream
 
 @asynccontextmanager
 async def idle_streams(endpoint: Endpoint, count: int) -> AsyncIterator[list[bytes]]:
-    """Begun all at once, and waiting for a worker. Yields their status lines."""
+    """Begun all at once, and waiting for a worker. Yields how their answers begin."""
     message = {"role": "user", "content": "Once upon a time there was"}
     body = json.dumps({"model": endpoint.model, "messages": [message], "stream": True}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
     opened = await asyncio.gather(*(asyncio.open_connection("127.0.0.1", endpoint.port) for _ in range(count)))
     for _, writer in opened:
         writer.write(f"{head}{len(body)}\r\n\r\n".encode() + body)
-    heads = await asyncio.gather(*(reader.readuntil(b"\r\n\r\n") for reader, _ in opened))
-    yield [head.partition(b"\r\n")[0] for head in heads]
+    yield await asyncio.gather(*(beginning_of_answer(reader) for reader, _ in opened))
     for _, writer in opened:
         writer.close()
     await asyncio.gather(*(writer.wait_closed() for _, writer in opened))
+
+
+async def beginning_of_answer(reader: asyncio.StreamReader) -> bytes:
+    """The status line; of an error, everything."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    status = head.partition(b"\r\n")[0]
+    return status if status.endswith(b"200 OK") else head + await reader.read(1000)
 
 
 async def test_a_burst_of_streams_shares_few_connections(server: Server, redis: Redis) -> None:
