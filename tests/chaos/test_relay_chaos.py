@@ -159,6 +159,7 @@ class Site:
 
     async def run(self, num_requests: int, per_second: float) -> None:
         """Returns when every request has ended."""
+        self.fleet.replace_dead()  # the first start of processes takes seconds, in which nothing is paced
         async with asyncio.TaskGroup() as background:
             everlasting = [background.create_task(task) for task in (self._replace_dead(), self.client.read_mailbox())]
             async with asyncio.TaskGroup() as asking:
