@@ -145,6 +145,25 @@ def test_importing_the_app_leaves_torch_out() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+CRIPPLED = """
+from tokenrelay.service.api.server import run_api
+from tokenrelay.service.mailbox import Mailbox
+from tokenrelay.service.settings import Settings
+
+async def fail(mailbox):
+    raise RuntimeError("a bug")
+
+Mailbox.run = fail
+run_api(Settings(port=0))
+"""
+
+
+def test_a_process_that_can_serve_nobody_ends_itself(valkey: EmbeddedValkey, smollm2_path: Path) -> None:
+    settings = drained(valkey, smollm2_path, "crippled", seconds=20)
+    run = subprocess.run([sys.executable, "-c", CRIPPLED], env=settings.as_environment(), timeout=30, check=False)
+    assert run.returncode == 1
+
+
 class TestDrain:
     """SIGTERM, on a process of its own."""
 

@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -44,6 +44,12 @@ class ApiProcess:
     token_log: TokenLog
     readiness: Readiness
     watch: QueueWatch
+    crippled: asyncio.Event = field(default_factory=asyncio.Event)  # a background task died: it can serve nobody
+
+    def note_death(self, duty: asyncio.Task[None]) -> None:
+        """A duty never ends by itself; if it does, that is a bug, and to go on without it would hide it."""
+        log.critical("a background task died", exc_info=None if duty.cancelled() else duty.exception())
+        self.crippled.set()
 
 
 @asynccontextmanager
@@ -70,12 +76,13 @@ async def running(settings: Settings, model: ServedModel, metrics: ApiMetrics) -
     )
     duties = [asyncio.create_task(duty) for duty in (mailbox.run(), process.watch.run(), _refresh_gauges(process))]
     for duty in duties:
-        duty.add_done_callback(_tell_if_dead)
+        duty.add_done_callback(process.note_death)
     try:
         yield process
         await process.generations.aclose(FAREWELL_SECONDS)
     finally:
         for duty in duties:
+            duty.remove_done_callback(process.note_death)
             duty.cancel()
         await asyncio.gather(*duties, return_exceptions=True)
         grammars.close()
@@ -88,9 +95,3 @@ async def _refresh_gauges(process: ApiProcess) -> None:
         with suppress(BrokerUnavailable):
             process.metrics.note_load(await process.queue.load.read())
         await asyncio.sleep(process.settings.heartbeat_seconds)
-
-
-def _tell_if_dead(duty: asyncio.Task[None]) -> None:
-    """A duty never ends by itself; if it does, that is a bug, and silence would hide it."""
-    if not duty.cancelled() and duty.exception():
-        log.critical("a background task of the API died", exc_info=duty.exception())

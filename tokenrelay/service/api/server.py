@@ -30,13 +30,16 @@ POLL_SECONDS = 0.02
 def run_api(settings: Settings, *, sock: socket.socket | None = None, ready_fd: int = -1) -> None:
     """Serve on ``sock``, or on the settings' address, until SIGTERM or SIGINT; then exit with code 0.
 
-    Once it serves, ``ready_fd`` is told so.
+    Once it serves, ``ready_fd`` is told so. A process that a bug has crippled exits at once, with code 1: its clients
+    read on at the next.
     """
     app = create_app(settings, load_served_model(settings))
     server = DrainingServer(app, settings, on_start=lambda: tell_ready(ready_fd))
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: sys.exit(0))  # uvicorn raises the signal again after a graceful end
     server.run(sockets=[sock] if sock else None)
+    if server.is_crippled:
+        sys.exit(1)
 
 
 class DrainingServer(uvicorn.Server):
@@ -71,6 +74,15 @@ class DrainingServer(uvicorn.Server):
         if self.started:
             self._process.readiness.draining = True
         super().handle_exit(sig, frame)
+
+    @property
+    def is_crippled(self) -> bool:
+        return self.started and self._process.crippled.is_set()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.is_crippled:
+            self._drain_seconds = 0  # nothing would come
+        return self.is_crippled or await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         for sock in sockets or ():
