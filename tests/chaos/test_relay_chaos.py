@@ -204,7 +204,7 @@ class Site:
 @asynccontextmanager
 async def site(folder: Path, chances: Chances) -> AsyncIterator[tuple[Site, DeadLetters, Queue]]:
     broker = EmbeddedValkey(folder, memory_mb=256)
-    settings = Settings(redis_url=broker.start(), lease_seconds=LEASE, retention_seconds=60, drain_seconds=0)
+    settings = Settings(redis_url=broker.start(), lease_seconds=LEASE, retention_seconds=600, drain_seconds=0)
     async with AsyncExitStack() as stack:
         stack.callback(broker.stop)
         redis = await stack.enter_async_context(connect(broker.url))
