@@ -104,8 +104,9 @@ class Trial:
 
 @contextmanager
 def trial(folder: Path, spare_workers: int) -> Iterator[Trial]:
+    """Without a prefix cache: the next worker may know nothing, or rounds of the same requests would help each other."""
     with (
-        RunningService(folder, spare_workers=spare_workers) as service,
+        RunningService(folder, spare_workers=spare_workers, enable_prefix_caching=False) as service,
         httpx.Client(base_url=service.url, timeout=120) as http,
     ):
         yield Trial(service, http, num_loaded=1 + spare_workers)

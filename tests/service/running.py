@@ -132,7 +132,11 @@ class RunningService:
 
 
 def _flags(options: Mapping[str, str | int | float]) -> list[str]:
-    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return [_flag(name.replace("_", "-"), value) for name, value in options.items()]
+
+
+def _flag(name: str, value: str | int | float) -> str:
+    return f"--{name}={value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no-{name}"
 
 
 def _plain_environment() -> dict[str, str]:
