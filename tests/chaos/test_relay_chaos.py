@@ -240,7 +240,7 @@ async def check(folder: Path, num_requests: int, per_second: float, chances: Cha
 
 
 async def test_some_hundred_requests(tmp_path: Path) -> None:
-    await check(tmp_path, 400, 100, Chances(broker_kill=0.15, worker_kill=0.4, toxic_request=0.25))
+    await check(tmp_path, 300, 100, Chances(broker_kill=0.15, worker_kill=0.4, toxic_request=0.25))
 
 
 @pytest.mark.long

@@ -104,7 +104,7 @@ class Trial:
 
 @contextmanager
 def trial(folder: Path, spare_workers: int) -> Iterator[Trial]:
-    """Without a prefix cache: the next worker may know nothing, or rounds of the same requests would help each other."""
+    """Without a prefix cache: rounds of the same requests would help each other."""
     with (
         RunningService(folder, spare_workers=spare_workers, enable_prefix_caching=False) as service,
         httpx.Client(base_url=service.url, timeout=120) as http,

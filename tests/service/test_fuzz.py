@@ -104,6 +104,7 @@ def assert_broker_is_empty(data_dir: Path) -> None:
         assert [broker.hlen(keys.sizes), broker.hlen(keys.load), broker.xlen(keys.dead)] == [0, 0, 0]
 
 
+@pytest.mark.long
 def test_hundreds_of_fuzzed_requests_leave_nothing_behind(service: RunningService, tmp_path: Path) -> None:
     processes, files = pids(service), open_files(service)
     tally = fuzz(service, range(300))
