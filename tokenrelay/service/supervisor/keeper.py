@@ -31,8 +31,9 @@ class Backoff:
     requests shall not be able to end the service with them.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, first_pause: float = BACKOFF_BASE) -> None:
         self._name = name
+        self._first_pause = first_pause
         self._deaths: deque[float] = deque(maxlen=16)
         self._failed_starts = 0
 
@@ -44,7 +45,7 @@ class Backoff:
         now = time.monotonic()
         self._deaths.append(now)
         recent = sum(now - then < BACKOFF_WINDOW for then in self._deaths)
-        await asyncio.sleep(min(BACKOFF_CAP, BACKOFF_BASE * 2 ** (recent - 1)))
+        await asyncio.sleep(min(BACKOFF_CAP, self._first_pause * 2 ** (recent - 1)))
 
 
 class Keeper:
@@ -54,6 +55,7 @@ class Keeper:
         start: starts one.
         bury: called with each that ended otherwise than with exit code 0.
         drain_seconds: how long it may take to end when it is told to.
+        first_pause: seconds between a death and the next start, if there was none of late.
     """
 
     def __init__(
@@ -62,12 +64,13 @@ class Keeper:
         start: Callable[[], Awaitable[Child]],
         bury: Callable[[Child], Awaitable[None]],
         drain_seconds: float,
+        first_pause: float = BACKOFF_BASE,
     ) -> None:
         self.name = name
         self._start = start
         self._bury = bury
         self._stop_seconds = drain_seconds + KILL_SECONDS
-        self._backoff = Backoff(name)
+        self._backoff = Backoff(name, first_pause)
         self._child: Child | None = None
         self._changing = asyncio.Lock()  # whoever holds it may put another in the child's place
         self._stopping = False

@@ -28,9 +28,10 @@ from tokenrelay.service.settings import Settings
 from tokenrelay.service.supervisor.child import Child, start_child
 from tokenrelay.service.supervisor.crew import Crew
 from tokenrelay.service.supervisor.greeting import greet_when_ready
-from tokenrelay.service.supervisor.keeper import BrokerKeeper, Keeper
+from tokenrelay.service.supervisor.keeper import BACKOFF_BASE, BrokerKeeper, Keeper
 
 TOKENRELAY = (sys.executable, "-m", "tokenrelay")
+TAKE_OVER_SECONDS = 3.0  # in which a spare worker has the processor to itself, before another model is loaded
 
 
 def supervise(settings: Settings) -> int:
@@ -111,7 +112,9 @@ class _Machine:
             command = ["worker", "--metrics-fd", str(fd), "--worker-id", worker_id, *["--spare"] * spare]
             return await start_child([*TOKENRELAY, *command], environment, fds=[fd], label=worker_id)
 
-        return Keeper(f"{'spare' if spare else 'worker'}-{number}", start, self._evict, self._settings.drain_seconds)
+        first_pause = TAKE_OVER_SECONDS if self._settings.spare_workers else BACKOFF_BASE
+        name = f"{'spare' if spare else 'worker'}-{number}"
+        return Keeper(name, start, self._evict, self._settings.drain_seconds, first_pause)
 
     async def _evict(self, worker: Child) -> None:
         """Nobody need wait for the leases of a process that is seen dead. If the broker is gone too, they run out."""
