@@ -15,6 +15,7 @@ import pytest
 from httpx_sse import aconnect_sse
 
 from tests.chaos.conftest import EIGHT
+from tests.chaos.pauses import percentile
 from tests.chaos.streams import Body, Recording, have_begun, read, read_all_while, read_rest, resumption
 from tests.service.api.serving import Endpoint, api_process, words, working
 from tests.service.running import MODEL, RunningService, wait_until
@@ -65,6 +66,7 @@ async def test_a_stream_goes_on_at_another_process(endpoints: list[tuple[Any, En
     for client in clients:
         client.assert_whole()
         assert (client.text, client.choices[0].finish_reason) == (words(NUM_TOKENS), "length")
+    print(f"{len(delays)} at once; first chunk: p50 {percentile(delays, 50):.3f} s, worst {max(delays):.3f} s")
     assert min(delays) < RESUMED_WITHIN, sorted(delays)
 
 
