@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from tests.chaos.streams import Body, Recording, have_begun, read_all, read_all_while, read_rest
 from tests.service.running import RunningService, wait_until
@@ -66,6 +67,7 @@ def test_running_streams_finish_and_new_requests_are_refused(tmp_path: Path, tin
     assert not any(is_alive(child) for child in children)
 
 
+@pytest.mark.long
 def test_what_is_not_done_in_time_is_handed_over(tmp_path: Path, tiny: dict[str, Any]) -> None:
     """From one worker to the next, unnoticed by clients; to the service's next start, which they are told of."""
     with RunningService(tmp_path, drain_seconds=0, **tiny) as service:

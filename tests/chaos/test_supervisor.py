@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.chaos.streams import Body, Recording, have_begun, read, read_all, read_all_while
-from tests.service.running import RunningService, wait_until
+from tests.service.running import TWO_SECONDS, RunningService, wait_until
 
 THINKING_SECONDS = 0.3
 
@@ -39,7 +39,7 @@ def test_a_stopped_worker_is_noticed_within_two_seconds(tiny_service: RunningSer
     try:
         stopped_at = time.monotonic()
         wait_until(lambda: not ready(tiny_service), "not ready", 5)
-        assert time.monotonic() - stopped_at < 2.0
+        assert time.monotonic() - stopped_at < TWO_SECONDS
         assert httpx.get(f"{tiny_service.url}/livez").status_code == 200
     finally:
         for worker in workers:
@@ -60,7 +60,7 @@ def test_a_spare_worker_takes_over_within_two_seconds(tiny_service: RunningServi
     for recording, expected in zip(disturbed, undisturbed, strict=True):
         recording.assert_whole()
         assert recording.choices == expected.choices
-    assert max(recording.longest_pause for recording in disturbed) < 2.0
+    assert max(recording.longest_pause for recording in disturbed) < TWO_SECONDS
     wait_until(lambda: len(tiny_service.children("worker")) == 1, "the worker is replaced")
 
 

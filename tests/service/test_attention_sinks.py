@@ -12,6 +12,7 @@ from tests.service.running import MODEL, RunningService
 CONTEXT = 96
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_text_outgrows_the_context(tmp_path: Path, smollm2_path: Path) -> None:
     options = {"max_model_len": CONTEXT, "attention_sinks": 4, "max_num_batched_tokens": 64, "kv_cache_mb": 8}

@@ -14,7 +14,7 @@ from tokenrelay.model.engine.request import Request
 from tokenrelay.model.sampling_params import SamplingParams
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 1.0, -3.0, 0.2])
-DRAWS = 20_000
+DRAWS = 10_000
 CRITICAL = 24.3  # chi-square, 7 degrees of freedom, p = 0.001
 
 

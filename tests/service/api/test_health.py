@@ -125,11 +125,11 @@ def references(node: object) -> list[str]:
 
 
 async def test_a_large_prompt_does_not_hold_up_livez(server: Server, client: AsyncOpenAI) -> None:
-    """Tokenizing a megabyte takes longer than any probe may."""
+    """Tokenizing a megabyte takes seconds; a probe waits for a part of it at most, whatever else the machine does."""
     text = "The quick brown fox jumps over the lazy dog. " * 25_000
 
     asking = asyncio.create_task(client.completions.create(model=server.model, prompt=text))
-    slowest = 0.0
+    asked, slowest = time.perf_counter(), 0.0
     async with httpx.AsyncClient(base_url=server.base_url) as probe:
         while not asking.done():
             started = time.perf_counter()
@@ -137,7 +137,7 @@ async def test_a_large_prompt_does_not_hold_up_livez(server: Server, client: Asy
             slowest = max(slowest, time.perf_counter() - started)
     with pytest.raises(openai.BadRequestError, match="250001 tokens"):
         await asking
-    assert slowest < 0.3
+    assert slowest < 0.5 * (time.perf_counter() - asked)
 
 
 def test_importing_the_app_leaves_torch_out() -> None:
