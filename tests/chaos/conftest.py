@@ -12,8 +12,18 @@ import pytest
 from tests.chaos.streams import Recording, mixed_requests, read_all
 from tests.service.running import MODEL, RunningService, wait_until
 from tests.service.tiny_model import write_tiny_model
+from tokenrelay.service.embedded_valkey import EmbeddedValkey
 
 EIGHT = mixed_requests(8, 40)
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
+    """A broker for the processes that a test starts itself."""
+    server = EmbeddedValkey(tmp_path, memory_mb=32)
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")

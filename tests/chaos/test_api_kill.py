@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -29,14 +29,6 @@ KILLED_AFTER = 5  # chunks
 RESUMED_WITHIN = 0.1  # seconds from the new request to its first chunk
 
 # --- two processes, and a paced worker --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
-    server = EmbeddedValkey(tmp_path, memory_mb=64)
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,14 +59,6 @@ class Site:
 @pytest.fixture(scope="module")
 def model(smollm2_path: Path) -> ServedModel:
     return load_served_model(Settings(model=str(smollm2_path), served_model_name=MODEL, max_model_len=512))
-
-
-@pytest.fixture
-def valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
-    server = EmbeddedValkey(tmp_path, memory_mb=32)
-    server.start()
-    yield server
-    server.stop()
 
 
 @asynccontextmanager

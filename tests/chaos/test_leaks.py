@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx
@@ -17,7 +18,6 @@ import pytest
 
 from tests.service.running import RunningService, wait_until
 from tests.service.test_fuzz import BUSY, MODEL, assert_broker_is_empty, memory, open_files, pids
-from tests.service.tiny_model import write_tiny_model
 
 CANCELLED, WRONG = 0.30, 0.05  # shares of the requests
 CONNECTIONS = 16
@@ -29,12 +29,10 @@ TEXTS = ("Once upon a time", "The sun rises in the east and", "def fibonacci(n):
 
 
 @pytest.fixture
-def service(tmp_path: Path, smollm2_path: Path) -> Iterator[RunningService]:
-    """Finished requests are forgotten at once."""
-    model = write_tiny_model(tmp_path / "tiny.gguf", tokenizer_from=smollm2_path)
-    with RunningService(
-        tmp_path, model=str(model), served_model_name=MODEL, kv_cache_mb=4, retention_seconds=1, log_level="warning"
-    ) as running:
+def service(tmp_path: Path, tiny: dict[str, Any]) -> Iterator[RunningService]:
+    """A small cache, and finished requests are forgotten at once."""
+    options = tiny | {"served_model_name": MODEL, "kv_cache_mb": 4, "retention_seconds": 1, "log_level": "warning"}
+    with RunningService(tmp_path, **options) as running:
         yield running
 
 

@@ -18,6 +18,7 @@ import redis
 from tests.service.fuzz_client import Tally, send_all
 from tests.service.running import RunningService, wait_until
 from tests.service.tiny_model import write_tiny_model
+from tokenrelay.service.broker import MAX_CONNECTIONS
 from tokenrelay.service.embedded_valkey import EmbeddedValkey
 from tokenrelay.service.keys import Keys
 
@@ -31,7 +32,6 @@ BUSY = {
 ALIVE = ("mailbox:", "worker:", "claim:")  # keys of processes, each with a TTL
 HALF = 10_000
 LEAK = 1024 * HALF  # bytes: what a kilobyte per request of one half would add
-POOLED = 64  # connections to the broker that a burst opens and the API keeps
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_hundreds_of_fuzzed_requests_leave_nothing_behind(service: RunningServic
     assert_accounts_balance(service)
     assert_broker_is_empty(tmp_path / "data")
     assert pids(service) == processes
-    assert open_files(service) < files + 2 * POOLED  # a connection has two ends
+    assert open_files(service) < files + 2 * MAX_CONNECTIONS  # kept after a burst; each has two ends
     assert "Traceback" not in service.log
 
 
