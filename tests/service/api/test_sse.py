@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service.api.conftest import ended
+from tests.service.api.conftest import ended, in_flight
 from tests.service.api.serving import Server, sse_events, wait_for, working
 from tokenrelay.service.messages import Error
 
@@ -99,6 +99,7 @@ async def test_one_failed_prompt_ends_the_stream_and_cancels_the_others(
     async with working(server, error=Error(message="Lost.", code="worker_lost")):
         fields = {"model": server.model, "prompt": ["a", "b"], "stream": True}
         response = await http.post("/v1/completions", json=fields)
+        await asyncio.to_thread(wait_for, lambda: in_flight(server) == 0)  # while there is one who can cancel
     assert response.text.count('"worker_lost"') == 1
     assert response.text.endswith("data: [DONE]\n\n")
 
