@@ -48,14 +48,25 @@ class Engine:
         source = resolve(model, cache_dir=cache_dir)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch_dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        few_bits = device == "cpu" and dtype in ("auto", "int8")
+        torch_dtype = torch.bfloat16 if dtype in ("auto", "int8") else getattr(torch, dtype)
         return cls.from_checkpoint(
-            open_checkpoint(source), config or EngineConfig(), dtype=torch_dtype, device=torch.device(device)
+            open_checkpoint(source),
+            config or EngineConfig(),
+            dtype=torch_dtype,
+            device=torch.device(device),
+            few_bits=few_bits,
         )
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, config: EngineConfig, *, dtype: torch.dtype, device: torch.device
+        cls,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        few_bits: bool = False,
     ) -> Engine:
         """Load the network and allocate its KV cache. Raises the checkpoint's and the loader's ValueErrors."""
         model_config = checkpoint.config()
@@ -68,11 +79,12 @@ class Engine:
         window = _window(model_config, config, context, num_blocks)
         model = load_transformer(
             model_config,
-            checkpoint.tensors(dtype),
+            checkpoint.stored(dtype) if few_bits else checkpoint.tensors(dtype),
             max_model_len=context,  # what rope scaling may depend on: never on this machine's memory
             attention_sinks=config.attention_sinks,
             dtype=dtype,
             device=device,
+            in_8_bits=few_bits,
         )
         kv_cache = allocate_kv_cache(model_config, num_blocks, config.block_size, cache_dtype, device)
         runner = ModelRunner(

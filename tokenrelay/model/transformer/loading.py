@@ -7,13 +7,15 @@ up. A tensor that is missing, unknown or of the wrong shape is refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.quantized import Quantized, stacked
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.packed_linear import replace_linears
 from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm
@@ -70,14 +72,17 @@ _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$
 
 def load_transformer(
     config: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Quantized]],
     *,
     max_model_len: int,
     dtype: torch.dtype,
     device: torch.device,
     attention_sinks: int = 0,
+    in_8_bits: bool = False,
 ) -> Transformer:
     """Build the network, fill it from (name, tensor) pairs, and make it ready for ``device``.
+
+    Matrices that come quantized stay so where there are kernels for it; others are brought to 8 bits if ``in_8_bits``.
 
     On a CPU activations are fp32 whatever the weights are: its kernels accumulate in fp32 anyway. Peak memory is
     the weights in ``dtype`` and one tensor.
@@ -89,9 +94,10 @@ def load_transformer(
     if attention_sinks and device.type != "cpu":
         raise ValueError(f"attention_sinks is not supported on {device.type}; set it to 0")
     model = _empty(config, max_model_len, attention_sinks, dtype, device)
-    _fill(model, tensors)
-    if device.type == "cpu" and native.is_available():
-        replace_linears(model)
+    packs = device.type == "cpu" and native.is_available()
+    quantized = _fill(model, tensors, keep_quantized=packs)
+    if packs:
+        replace_linears(model, quantized, in_8_bits)
     return model.requires_grad_(False).eval()
 
 
@@ -127,23 +133,53 @@ def _keep_in_fp32(model: nn.Module, *, with_linears: bool) -> None:
             module.float()
 
 
-def _fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy every tensor to its place, and count rows so that a hole is noticed."""
+def _fill(
+    model: Transformer, tensors: Iterable[tuple[str, Tensor | Quantized]], keep_quantized: bool
+) -> dict[str, Quantized]:
+    """Copy every tensor to its place, and count rows so that a hole is noticed.
+
+    Returns the matrices that stay quantized, by name. Their parameters are memory that was never touched.
+    """
     config = model.config
     parameters = dict(model.named_parameters())  # a tied head is listed once, as the embedding
     unfilled = {name: parameter.shape[0] for name, parameter in parameters.items()}
+    kept: dict[str, dict[int, Quantized]] = defaultdict(dict)  # by name, and by the row at which each begins
     for name, tensor in tensors:
         rule, target = _place(name, config)
         if _DERIVED.fullmatch(name) or (config.tie_word_embeddings and target == "lm_head.weight"):
             continue
         if rule is None or target not in parameters:
             raise WeightsError(f"tensor {name!r} has no place in a {config.architecture} network of this configuration")
-        rows = _rows(parameters[target], rule.shard, config)
-        _copy(name, tensor.T if rule.transposed else tensor, rows)
-        unfilled[target] -= rows.shape[0]
+        start, end = _span(parameters[target], rule.shard, config)
+        rows = parameters[target][start:end]
+        matrix = _matrix_of(target, config)
+        if isinstance(tensor, Quantized) and matrix and keep_quantized:
+            _check_shape(name, tensor, rows)
+            kept[matrix][start] = tensor
+        if not (isinstance(tensor, Quantized) and matrix == target and keep_quantized):
+            values = tensor.dequantized() if isinstance(tensor, Quantized) else tensor
+            _copy(name, values.T if rule.transposed else values, rows)
+        unfilled[target] -= end - start
     missing = sorted(name for name, rows in unfilled.items() if rows > 0)
     if missing:
         raise WeightsError(f"the checkpoint does not fill {', '.join(missing[:8])} ({len(missing)} in all)")
+    return {name: whole for name, shards in kept.items() if (whole := _whole(shards, parameters.get(name)))}
+
+
+def _matrix_of(target: str, config: ModelConfig) -> str:
+    """Which linear layer's matrix this is, if it is one: itself, or the head that an embedding is tied to."""
+    if target == "embed_tokens.weight":
+        return "lm_head.weight" if config.tie_word_embeddings else ""
+    return target if target.endswith(("_proj.weight", "lm_head.weight")) else ""
+
+
+def _whole(shards: Mapping[int, Quantized], parameter: Tensor | None) -> Quantized | None:
+    """One matrix, if all its shards came quantized; if not, these join the others in the parameter."""
+    if parameter is None or sum(shard.shape[0] for shard in shards.values()) == parameter.shape[0]:
+        return stacked([shards[start] for start in sorted(shards)])
+    for start, shard in shards.items():
+        parameter.data[start : start + shard.shape[0]] = shard.dequantized()
+    return None
 
 
 def _place(name: str, config: ModelConfig) -> tuple[_Rule | None, str]:
@@ -154,17 +190,20 @@ def _place(name: str, config: ModelConfig) -> tuple[_Rule | None, str]:
     return None, ""
 
 
-def _rows(parameter: Tensor, shard: str, config: ModelConfig) -> Tensor:
+def _span(parameter: Tensor, shard: str, config: ModelConfig) -> tuple[int, int]:
     """The rows of a merged matrix, or bias, that a shard fills."""
     q, kv, up = config.q_size, config.kv_size, config.intermediate_size
     spans = {"": (0, parameter.shape[0]), "q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
     spans |= {"gate": (0, up), "up": (up, 2 * up)}
-    start, end = spans[shard]
-    return parameter[start:end]
+    return spans[shard]
 
 
 def _copy(name: str, source: Tensor, destination: Tensor) -> None:
-    if source.shape != destination.shape:
-        raise WeightsError(f"tensor {name!r} has shape {list(source.shape)}, expected {list(destination.shape)}")
+    _check_shape(name, source, destination)
     with torch.no_grad():
         destination.copy_(source)
+
+
+def _check_shape(name: str, source: Tensor | Quantized, destination: Tensor) -> None:
+    if source.shape != destination.shape:
+        raise WeightsError(f"tensor {name!r} has shape {list(source.shape)}, expected {list(destination.shape)}")

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.quantized import Quantized
 from tokenrelay.model.weights.gguf import GGUFCheckpoint
 from tokenrelay.model.weights.safetensors import SafetensorsCheckpoint
 from tokenrelay.model.weights.sources import ModelSource
@@ -21,6 +22,9 @@ class Checkpoint(Protocol):
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor once, converted one at a time; raises CheckpointError at the first that cannot be read."""
+
+    def stored(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
+        """The same, but what is stored in few bits, in a way that our kernels know, comes as it is stored."""
 
 
 def open_checkpoint(source: ModelSource) -> Checkpoint:

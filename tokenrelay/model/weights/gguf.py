@@ -17,8 +17,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.quantized import Quantized
 from tokenrelay.model.weights.config_reader import config_from_gguf
 from tokenrelay.model.weights.gguf_metadata import GGUFMetadata, TensorInfo, read_gguf_metadata
+from tokenrelay.model.weights.gguf_quantized import STORED, quantized_from
 from tokenrelay.model.weights.gguf_rope import ROPE_TENSORS
 
 # Elements dequantized at once: they fit the cache, a call per row would cost four times as much, and torch does not
@@ -76,12 +78,30 @@ class GGUFCheckpoint:
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor once, in file order; raises CheckpointError naming a tensor that cannot be read."""
-        for info in self._metadata.tensors.values():
-            if info.name in ROPE_TENSORS:
-                continue
-            name = hf_name(info.name, self._metadata)
+        for info, name in self._named():
             values = _dequantized(info, self._data, self._metadata, dtype)
             yield name, self._hf_layout(info, name, values).contiguous()
+
+    def stored(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
+        """As ``tensors``, but matrices of a Llama in Q8_0, Q4_0 or Q4_1 come as they are."""
+        for info, name in self._named():
+            kind, blocks = _blocks(info, self._data, self._metadata)
+            if kind in STORED and len(info.shape) == 2 and self._config.architecture == "llama":
+                parts = quantized_from(blocks, kind, info.shape)
+                yield (
+                    name,
+                    Quantized(
+                        *(part if part is None else self._hf_layout(info, name, part).contiguous() for part in parts)
+                    ),
+                )
+            else:
+                values = _dequantized(info, self._data, self._metadata, dtype)
+                yield name, self._hf_layout(info, name, values).contiguous()
+
+    def _named(self) -> Iterator[tuple[TensorInfo, str]]:
+        for info in self._metadata.tensors.values():
+            if info.name not in ROPE_TENSORS:
+                yield info, hf_name(info.name, self._metadata)
 
     def _hf_layout(self, info: TensorInfo, name: str, values: torch.Tensor) -> torch.Tensor:
         if self._config.architecture == "gpt2":

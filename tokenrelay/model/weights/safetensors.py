@@ -32,6 +32,10 @@ class SafetensorsCheckpoint:
     def config(self) -> ModelConfig:
         return self._config
 
+    def stored(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
+        """As ``tensors``: nothing in these files is quantized."""
+        return self.tensors(dtype)
+
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor once, shard by shard, under the name it has in the causal language model."""
         for shard, names in self._shards.items():

@@ -7,6 +7,7 @@ value of a head) and of the model's dtype on CUDA.
 | operation           | from                                                        | to                          |
 |---------------------|-------------------------------------------------------------|-----------------------------|
 | linear              | x[T, K], W[N, K] or panels[ceil(N/16), K, 16], bias[N]      | [T, N]                      |
+| quantized_linear    | x[T, K], panels, scales and minima[ceil(N/16), K/32, 16]    | [T, N]                      |
 | rms_norm            | x[T, C], weight[C]                                          | [T, C]                      |
 | add_rms_norm        | the same and residual[T, C]                                 | residual += x, its norm     |
 | layer_norm          | x[T, C], weight[C], bias[C]                                 | [T, C]                      |
@@ -62,6 +63,11 @@ _linear = _define(
     "(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor",
     lambda x, weight, bias, out_features: x.new_empty((x.shape[0], out_features)),
 )
+_quantized_linear = _define(
+    "quantized_linear",
+    "(Tensor x, Tensor panels, Tensor scales, Tensor? minima, Tensor? bias, int out_features) -> Tensor",
+    lambda x, panels, scales, minima, bias, out_features: x.new_empty((x.shape[0], out_features)),
+)
 _rms_norm = _define("rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor", _like_first)
 _add_rms_norm = _define(
     "add_rms_norm", "(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor", _like_first
@@ -104,6 +110,17 @@ def kv_cache_shapes(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """x [T, K], weight [N, K] or panels [ceil(N / 16), K, 16], bias [N] -> [T, N]."""
     return _linear(x, weight, bias, out_features)  # type: ignore[no-any-return]
+
+
+def quantized_linear(
+    x: Tensor, panels: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """x [T, K] @ W^T + bias [N] -> [T, N], with W of 8 or 4 bits and x rounded to 8, both in groups of 32 along K.
+
+    panels: int8 [ceil(N / 16), K / 4, 16, 4], or 4 bits in uint8 [ceil(N / 16), K / 8, 16, 4], which have minima.
+    scales, minima [ceil(N / 16), K / 32, 16] fp16. Sums within a group are exact, whatever computes them.
+    """
+    return _quantized_linear(x, panels, scales, minima, bias, out_features)  # type: ignore[no-any-return]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -21,6 +21,15 @@ class KVCache(ctypes.Structure):
     ]
 
 
+class QuantizedLinear(ctypes.Structure):
+    """What ``tr_quantized_linear`` reads and writes."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "panels", "scales", "minima", "bias", "out", "scratch")),
+        *((name, c_int64) for name in ("rows", "in_features", "out_features", "bits")),
+    ]
+
+
 class RotateParams(ctypes.Structure):
     """What ``tr_rotate_and_cache`` reads and writes."""
 
@@ -71,6 +80,7 @@ def _function(name: str, *argtypes: Any) -> Callable[..., None]:
 
 _norm_arguments = (*(c_void_p,) * 5, c_int64, c_int64, c_float, c_int64)
 linear = _function("tr_linear", *(c_void_p,) * 4, *(c_int64,) * 4)
+quantized_linear = _function("tr_quantized_linear", ctypes.POINTER(QuantizedLinear))
 rms_norm = _function("tr_rms_norm", *_norm_arguments)
 layer_norm = _function("tr_layer_norm", *_norm_arguments)
 rotate_and_cache = _function("tr_rotate_and_cache", ctypes.POINTER(RotateParams))

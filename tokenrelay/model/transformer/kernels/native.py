@@ -80,6 +80,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) ->
     return out
 
 
+def quantized_linear(
+    x: Tensor, panels: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None, out_features: int
+) -> Tensor:
+    x = x.contiguous()
+    if x.dtype is not torch.float32:
+        return reference.quantized_linear(x, panels, scales, minima, bias, out_features)
+    rows, in_features = x.shape
+    out = x.new_empty((rows, out_features))
+    scratch = x.new_empty(rows * (in_features + in_features // 4), dtype=torch.uint8)
+    library.quantized_linear(
+        library.QuantizedLinear(
+            x.data_ptr(),
+            _address(panels, torch.int8 if minima is None else torch.uint8),
+            _address(scales, torch.float16),
+            None if minima is None else _address(minima, torch.float16),
+            None if bias is None else _address(bias, torch.float32),
+            out.data_ptr(),
+            scratch.data_ptr(),
+            rows,
+            in_features,
+            out_features,
+            8 if minima is None else 4,
+        )
+    )
+    return out
+
+
 def _norm(
     function: Callable[..., None], x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenrelay.model.quantized import GROUP, LARGEST
+
 PANEL_WIDTH = 16
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,6 +48,45 @@ def unpack(panels: Tensor, out_features: int) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     plain = unpack(weight, out_features) if weight.dim() == 3 else weight
     return F.linear(x, plain.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def pack_integers(integers: Tensor) -> Tensor:
+    """[N, K], K a multiple of 8 -> panels of 16 columns: int8 [ceil(N / 16), K / 4, 16, 4]; 4-bit values (uint8)
+    [ceil(N / 16), K / 8, 16, 4], of eight steps the last four in the high halves of the bytes."""
+    out_features, in_features = integers.shape
+    padded = F.pad(integers, (0, 0, 0, -out_features % PANEL_WIDTH)).view(-1, PANEL_WIDTH, in_features // 4, 4)
+    if integers.dtype is torch.uint8:
+        padded = padded[:, :, 0::2] | (padded[:, :, 1::2] << 4)
+    return padded.transpose(1, 2).contiguous()
+
+
+def unpack_integers(panels: Tensor, out_features: int) -> Tensor:
+    """The inverse of ``pack_integers``."""
+    columns = panels.transpose(1, 2)
+    if panels.dtype is torch.uint8:
+        columns = torch.stack((columns & 15, columns >> 4), dim=3).flatten(2, 3)
+    return columns.reshape(-1, columns.shape[2] * 4)[:out_features]
+
+
+def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, K] -> integers [T, K / 32, 32] from -127 to 127, as fp32, and a scale for each group [T, K / 32]."""
+    groups = x.float().view(x.shape[0], -1, GROUP)
+    highest = groups.abs().amax(-1, keepdim=True)
+    usable = (highest > 0) & highest.isfinite()
+    integers = torch.where(usable, (groups * (LARGEST / highest)).round().clamp(-LARGEST, LARGEST), 0.0)
+    return integers, (highest / LARGEST).squeeze(-1)
+
+
+def quantized_linear(
+    x: Tensor, panels: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None, out_features: int
+) -> Tensor:
+    integers, x_scales = quantized_rows(x)
+    weight = unpack_integers(panels, out_features).view(out_features, -1, GROUP)
+    sums = torch.einsum("tgk,ngk->tng", integers.double(), weight.double())  # exact
+    out = torch.einsum("tng,tg,ng->tn", sums, x_scales.double(), unpack(scales, out_features).double())
+    if minima is not None:
+        out += (x_scales.double() * integers.sum(-1).double()) @ unpack(minima, out_features).double().T
+    return (out if bias is None else out + bias.double()).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,11 +9,11 @@ enum Isa { PORTABLE, AVX2, AVX512 };
 bool runs_here(int isa) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
     __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (isa == AVX2) return avx2;
     if (isa == AVX512)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl");
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 #endif
     return isa == PORTABLE;
 }
@@ -71,6 +71,8 @@ void tr_linear(const float* x, const void* panels, const float* bias, float* out
                int64_t out_features, int64_t is_bf16) {
     kernels->linear(x, panels, bias, out, rows, in_features, out_features, is_bf16);
 }
+
+void tr_quantized_linear(const QuantizedLinear* params) { kernels->quantized_linear(params); }
 
 void tr_rms_norm(const float* x, float* residual, const void* weight, const void* bias, float* out, int64_t rows,
                  int64_t columns, float eps, int64_t is_bf16) {

@@ -31,6 +31,12 @@ TR_INLINE float float_of(uint32_t bits) {
 TR_INLINE float widen(float x) { return x; }
 TR_INLINE float widen(int8_t x) { return x; }
 TR_INLINE float widen(bf16 x) { return float_of(uint32_t(x) << 16); }
+// Half precision, subnormals included. (the exponent is moved by a product, which is exact)
+TR_INLINE float widen_f16(uint16_t x) {
+    uint32_t magnitude = x & 0x7fff, sign = uint32_t(x & 0x8000) << 16;
+    float value = float_of(magnitude << 13) * 0x1p112f;
+    return float_of((magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : bits_of(value)) | sign);
+}
 TR_INLINE void narrow(float x, float* to) { *to = x; }
 TR_INLINE void narrow(float x, bf16* to) {  // round to nearest even, as torch does; a NaN stays one
     uint32_t bits = bits_of(x);
@@ -51,6 +57,7 @@ TR_INLINE f32x16 load(const bf16* p) {
 TR_INLINE f32x16 load(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
+TR_INLINE f32x16 load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 TR_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
 TR_INLINE f32x16 broadcast(float x) { return {_mm512_set1_ps(x)}; }
 TR_INLINE f32x16 add(f32x16 a, f32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -84,6 +91,9 @@ TR_INLINE __m256 load_half(const int8_t* p) {
 }
 TR_INLINE f32x16 load(const bf16* p) { return {load_half(p), load_half(p + 8)}; }
 TR_INLINE f32x16 load(const int8_t* p) { return {load_half(p), load_half(p + 8)}; }
+TR_INLINE f32x16 load_f16(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
 TR_INLINE void store(float* p, f32x16 a) {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);
@@ -121,6 +131,7 @@ template <class F> TR_INLINE f32x16 each(F f) {
     return out;
 }
 template <class W> TR_INLINE f32x16 load(const W* p) { return each([=](int i) { return widen(p[i]); }); }
+TR_INLINE f32x16 load_f16(const uint16_t* p) { return each([=](int i) { return widen_f16(p[i]); }); }
 TR_INLINE void store(float* p, const f32x16& a) { __builtin_memcpy(p, a.v, sizeof a.v); }
 TR_INLINE f32x16 broadcast(float x) { return each([=](int) { return x; }); }
 TR_INLINE f32x16 add(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }

@@ -4,6 +4,8 @@
 #pragma once
 #include <cstdint>
 
+using f16 = uint16_t;  // IEEE half precision, as GGUF's scales
+
 enum Activation { SILU, GELU, GELU_TANH, RELU };
 enum CacheType { FLOAT32, BFLOAT16, INT8 };
 
@@ -41,10 +43,24 @@ struct AttentionParams {
     float scale;
 };
 
+// out = x W^T + bias, W[n, k] = integer * scale (+ minimum) of its group of 32 k. Panels of 16 columns, the last one padded;
+// 8 bits: signed [panels][K / 4][16][4]; 4 bits: unsigned [panels][K / 8][16][4], k + 4 in the high nibbles.
+struct QuantizedLinear {
+    const float* x;         // [T, K]
+    const uint8_t* panels;
+    const f16* scales;      // [panels][K / 32][16]
+    const f16* minima;      // the same, or null
+    const float* bias;      // [N], or null
+    float* out;             // [T, N]
+    void* scratch;          // T (K + K / 4) bytes
+    int64_t rows, in_features, out_features, bits;
+};
+
 struct Kernels {
     // out[T, N] = x[T, K] @ panels[ceil(N / 16)][K][16] + bias[N]
     void (*linear)(const float* x, const void* panels, const float* bias, float* out, int64_t rows,
                    int64_t in_features, int64_t out_features, int64_t is_bf16);
+    void (*quantized_linear)(const QuantizedLinear* params);
     // residual null: out = norm(x). Otherwise residual += x first and out = norm(residual). bias null is allowed.
     void (*rms_norm)(const float* x, float* residual, const void* weight, const void* bias, float* out, int64_t rows,
                      int64_t columns, float eps, int64_t is_bf16);

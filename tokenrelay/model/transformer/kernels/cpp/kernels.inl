@@ -8,13 +8,13 @@ namespace {
 
 // Rows and panels of the micro-kernel: as many accumulators as the registers hold, and at least 8 to hide the latency of fma.
 #if defined(TR_AVX512)
-constexpr int MAX_ROWS = 8;
+constexpr int MAX_ROWS = 8, QUANTIZED_ROWS = 8;
 constexpr int panels_for(int rows) { return rows <= 2 ? 4 : 2; }
 #elif defined(__x86_64__) && !defined(TR_AVX2)
-constexpr int MAX_ROWS = 2;  // portable on x86 is only the tests' yardstick: compile little
+constexpr int MAX_ROWS = 2, QUANTIZED_ROWS = 2;  // portable on x86 is only the tests' yardstick: compile little
 constexpr int panels_for(int) { return 1; }
 #else
-constexpr int MAX_ROWS = 6;
+constexpr int MAX_ROWS = 6, QUANTIZED_ROWS = 4;
 constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #endif
 constexpr size_t ROW_BLOCK = 96, PANEL_GROUP = 4;  // one task of linear: neither changes the bits
@@ -35,15 +35,17 @@ template <int N, class F> TR_INLINE void with_count(size_t count, F& f, size_t r
     }
 }
 
-// Calls f(row, Count<R>) for consecutive groups of at most MAX_ROWS rows.
-template <class F> TR_INLINE void for_row_groups(size_t begin, size_t end, F f) {
-    for (size_t row = begin; row < end; row += MAX_ROWS) with_count<MAX_ROWS>(least(end - row, MAX_ROWS), f, row);
+// Calls f(row, Count<R>) for consecutive groups of at most MOST rows.
+template <int MOST = MAX_ROWS, class F> TR_INLINE void for_row_groups(size_t begin, size_t end, F f) {
+    for (size_t row = begin; row < end; row += MOST) with_count<MOST>(least(end - row, MOST), f, row);
 }
 
 }  // namespace
 
 #include "linear.inl"
 #include "rows.inl"
+#include "quantized.inl"
 #include "attention.inl"
 
-const Kernels TR_KERNELS = {linear, norm<false>, norm<true>, rotate_and_cache, paged_attention, activation};
+const Kernels TR_KERNELS = {linear,           quantized_linear, norm<false>, norm<true>,
+                            rotate_and_cache, paged_attention,  activation};
