@@ -1,8 +1,8 @@
-"""Matrices of few bits: integers with a scale for every group of 32 elements of a row. (as GGUF's Q8_0, Q4_0 and Q4_1)"""
+"""Matrices of few bits: integers, with a scale for every group of 32 elements of a row. (GGUF's Q8_0, Q4_0, Q4_1)"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ LARGEST = 127
 class Quantized(NamedTuple):
     """W [N, K] = integers * scales + minima.
 
-    ``integers`` [N, K]: int8, from -127 on, without minima; or uint8 below 16 with minima, which take 4 bits when packed.
+    ``integers`` [N, K]: int8 without minima; or with minima uint8 below 16, which take 4 bits when packed.
     ``scales`` and ``minima`` [N, K / 32]: fp16.
     """
 
@@ -26,6 +26,11 @@ class Quantized(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         return self.integers.shape
+
+    def mapped(self, rearrange: Callable[[Tensor], Tensor]) -> Quantized:
+        """With its rows in another order: all parts have one row per row."""
+        minima = None if self.minima is None else rearrange(self.minima).contiguous()
+        return Quantized(rearrange(self.integers).contiguous(), rearrange(self.scales).contiguous(), minima)
 
     def dequantized(self) -> Tensor:
         """[N, K] fp32."""

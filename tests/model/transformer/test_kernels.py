@@ -77,7 +77,7 @@ def test_replace_linears_keeps_the_function() -> None:
     network = nn.Sequential(nn.Linear(20, 30), nn.Sequential(nn.ReLU(), nn.Linear(30, 17, bias=False)))
     x = torch.randn(4, 20)
     before = network(x)
-    replace_linears(network)
+    replace_linears(network, {}, in_8_bits=False)
     assert not any(isinstance(module, nn.Linear) for module in network.modules())
     close(network(x), before)
 

@@ -42,8 +42,8 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.o_proj = nn.Linear(config.q_size, config.hidden_size, bias=config.output_bias)
         self._num_heads, self._num_kv_heads = config.num_heads, config.num_kv_heads
-        self._scale = config.head_dim**-0.5
-        self._window, self._num_sinks = window, num_sinks
+        self.scale = config.head_dim**-0.5
+        self.window, self.num_sinks = window, num_sinks
 
     def forward(
         self, x: Tensor, positions: Tensor, rotary: Tensor | None, cache: LayerCache, metadata: AttentionMetadata
@@ -62,9 +62,9 @@ class Attention(nn.Module):
             metadata.block_tables,
             metadata.query_start_loc,
             metadata.seq_lens,
-            self._scale,
-            self._window,
-            self._num_sinks,
+            self.scale,
+            self.window,
+            self.num_sinks,
             q_sink,
             cache.key_scales,
             cache.value_scales,

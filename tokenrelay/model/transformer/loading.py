@@ -18,6 +18,7 @@ from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.quantized import Quantized, stacked
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.packed_linear import replace_linears
+from tokenrelay.model.transformer.kernels.native_layers import replace_layers
 from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm
 from tokenrelay.model.transformer.rope import rotary_table
 from tokenrelay.model.transformer.transformer import Transformer
@@ -98,6 +99,7 @@ def load_transformer(
     quantized = _fill(model, tensors, keep_quantized=packs)
     if packs:
         replace_linears(model, quantized, in_8_bits)
+        replace_layers(model)
     return model.requires_grad_(False).eval()
 
 

@@ -78,9 +78,21 @@ class Transformer(nn.Module):
         x = self.embed_tokens(input_ids).to(self._activation_dtype)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions).to(self._activation_dtype)
-        residual, rotary = torch.zeros_like(x), self.rotary
+        rotary = self.rotary
         if metadata.sink_positions is not None and rotary is not None:
             rotary, positions, metadata = _rotary_of_step(self.config, rotary, positions, metadata)
+        return self.run_layers(x, positions, rotary, kv_cache, metadata)
+
+    def run_layers(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        rotary: Tensor | None,
+        kv_cache: Sequence[LayerCache],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """x [T, C] → normalised hidden states [T, C]. On a CPU ``NativeLayers`` takes this method's place."""
+        residual = torch.zeros_like(x)
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             x = layer(x, residual, positions, rotary, cache, metadata)
         hidden: Tensor = self.norm(x, residual)

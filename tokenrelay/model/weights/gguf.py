@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -87,13 +88,7 @@ class GGUFCheckpoint:
         for info, name in self._named():
             kind, blocks = _blocks(info, self._data, self._metadata)
             if kind in STORED and len(info.shape) == 2 and self._config.architecture == "llama":
-                parts = quantized_from(blocks, kind, info.shape)
-                yield (
-                    name,
-                    Quantized(
-                        *(part if part is None else self._hf_layout(info, name, part).contiguous() for part in parts)
-                    ),
-                )
+                yield name, quantized_from(blocks, kind, info.shape).mapped(partial(self._hf_layout, info, name))
             else:
                 values = _dequantized(info, self._data, self._metadata, dtype)
                 yield name, self._hf_layout(info, name, values).contiguous()

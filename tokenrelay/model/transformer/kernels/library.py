@@ -51,6 +51,44 @@ class AttentionParams(ctypes.Structure):
     ]
 
 
+class Matrix(ctypes.Structure):
+    """A linear layer's weights; ``bits``: 4, 8, 16 (bf16) or 32."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("panels", "scales", "minima", "bias")),
+        *((name, c_int64) for name in ("in_features", "out_features", "bits")),
+    ]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, Norm) for name in ("attention_norm", "mlp_norm")),
+        *((name, Matrix) for name in ("qkv", "out", "up", "down")),
+        ("cache", KVCache),
+        *((name, c_int64) for name in ("window", "num_sinks")),
+        ("scale", c_float),
+    ]
+
+
+class Forward(ctypes.Structure):
+    """What ``tr_forward`` reads and writes."""
+
+    _fields_ = [
+        ("layers", ctypes.POINTER(Layer)),
+        ("final_norm", Norm),
+        *((name, c_void_p) for name in ("x", "residual", "normed", "wide", "narrow", "q", "q_sink", "scratch")),
+        *((name, c_void_p) for name in ("cos_sin", "positions", "sink_positions", "slots", "nowhere")),
+        *((name, c_void_p) for name in ("block_tables", "query_start", "seq_lens")),
+        *((name, c_int64) for name in ("num_layers", "num_tokens", "hidden_size", "num_heads", "num_requests")),
+        *((name, c_int64) for name in ("max_blocks", "activation", "gated", "centered_norms")),
+        ("eps", c_float),
+    ]
+
+
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason."""
     found = sorted(Path(__file__).parent.glob("_native*.so"))
@@ -85,6 +123,7 @@ rms_norm = _function("tr_rms_norm", *_norm_arguments)
 layer_norm = _function("tr_layer_norm", *_norm_arguments)
 rotate_and_cache = _function("tr_rotate_and_cache", ctypes.POINTER(RotateParams))
 paged_attention = _function("tr_paged_attention", ctypes.POINTER(AttentionParams))
+forward = _function("tr_forward", ctypes.POINTER(Forward))
 activation = _function("tr_activation", *(c_void_p,) * 2, *(c_int64,) * 4)
 if LIBRARY is not None:
     LIBRARY.tr_set_num_threads.argtypes = (c_int,)

@@ -160,14 +160,14 @@ def _address(x: Tensor, dtype: torch.dtype) -> int:
     return x.data_ptr()
 
 
-def _cache(
-    x: Tensor, k_cache: Tensor, v_cache: Tensor, key_scales: Tensor | None, value_scales: Tensor | None
+def describe_cache(
+    k_cache: Tensor, v_cache: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None
 ) -> library.KVCache | None:
-    """The cache as the kernels see it; None if they do not cover it or the activations ``x``."""
+    """The cache as the kernels see it; None if they do not cover it."""
     _, num_kv_heads, head_dim, block_size = k_cache.shape
     dtype = k_cache.dtype
     covered = head_dim <= MAX_HEAD_DIM and block_size % KEYS_PER_VECTOR == 0 and dtype in CACHE_TYPES
-    if not covered or x.dtype is not torch.float32:
+    if not covered:
         return None
     return library.KVCache(
         _address(k_cache, dtype),
@@ -194,8 +194,8 @@ def rotate_and_cache(
     value_scales: Tensor | None = None,
 ) -> Tensor:
     qkv = qkv.contiguous()
-    cache = _cache(qkv, k_cache, v_cache, key_scales, value_scales)
-    if cache is None:
+    cache = describe_cache(k_cache, v_cache, key_scales, value_scales)
+    if cache is None or qkv.dtype is not torch.float32:
         return reference.rotate_and_cache(
             qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, key_scales, value_scales
         )
@@ -230,8 +230,8 @@ def paged_attention(
     value_scales: Tensor | None = None,
 ) -> Tensor:
     q = q.contiguous()
-    cache = _cache(q, k_cache, v_cache, key_scales, value_scales)
-    if cache is None:
+    cache = describe_cache(k_cache, v_cache, key_scales, value_scales)
+    if cache is None or q.dtype is not torch.float32:
         return reference.paged_attention(
             *(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale),
             *(window, num_sinks, q_sink, key_scales, value_scales),

@@ -92,5 +92,7 @@ void tr_activation(const float* x, float* out, int64_t rows, int64_t columns, in
     kernels->activation(x, out, rows, columns, kind, gated);
 }
 
+void tr_forward(const Forward* params) { kernels->forward(params); }
+
 }  // extern "C"
 #pragma GCC visibility pop

@@ -56,6 +56,52 @@ struct QuantizedLinear {
     int64_t rows, in_features, out_features, bits;
 };
 
+// A linear layer. bits: 4 or 8 as in QuantizedLinear, 16 for bf16 and 32 for float as in `linear`.
+struct Matrix {
+    const void* panels;
+    const f16* scales;
+    const f16* minima;
+    const float* bias;
+    int64_t in_features, out_features, bits;
+};
+
+struct Norm {
+    const float* weight;
+    const float* bias;
+};
+
+struct Layer {
+    Norm attention_norm, mlp_norm;
+    Matrix qkv, out, up, down;
+    KVCache cache;
+    int64_t window, num_sinks;
+    float scale;
+};
+
+// One step through all layers. The arrays are as for the single operations; x is overwritten, the result is `normed`.
+struct Forward {
+    const Layer* layers;
+    Norm final_norm;
+    float* x;                       // [T, C], embedded
+    float* residual;                // [T, C], zero
+    float* normed;                  // [T, C]
+    float* wide;                    // [T, the widest of qkv and up]
+    float* narrow;                  // [T, the wider of H D and what down takes]
+    float* q;                       // [T, H, D]
+    float* q_sink;                  // the same, or null
+    void* scratch;                  // for the widest quantized layer, or null
+    const float* cos_sin;
+    const int64_t* positions;
+    const int64_t* sink_positions;  // [T], if q_sink
+    const int64_t* slots;
+    const int64_t* nowhere;         // [T] of -1, if q_sink
+    const int32_t* block_tables;
+    const int32_t* query_start;
+    const int32_t* seq_lens;
+    int64_t num_layers, num_tokens, hidden_size, num_heads, num_requests, max_blocks, activation, gated, centered_norms;
+    float eps;
+};
+
 struct Kernels {
     // out[T, N] = x[T, K] @ panels[ceil(N / 16)][K][16] + bias[N]
     void (*linear)(const float* x, const void* panels, const float* bias, float* out, int64_t rows,
@@ -70,6 +116,7 @@ struct Kernels {
     void (*paged_attention)(const AttentionParams* params);
     // gated: x[T, 2C], out = act(x[:, :C]) * x[:, C:]; otherwise x[T, C], out = act(x)
     void (*activation)(const float* x, float* out, int64_t rows, int64_t columns, int64_t kind, int64_t gated);
+    void (*forward)(const Forward* params);
 };
 
 extern const Kernels tr_portable_kernels, tr_avx2_kernels, tr_avx512_kernels;

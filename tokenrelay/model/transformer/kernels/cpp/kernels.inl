@@ -46,6 +46,7 @@ template <int MOST = MAX_ROWS, class F> TR_INLINE void for_row_groups(size_t beg
 #include "rows.inl"
 #include "quantized.inl"
 #include "attention.inl"
+#include "forward.inl"
 
 const Kernels TR_KERNELS = {linear,           quantized_linear, norm<false>, norm<true>,
-                            rotate_and_cache, paged_attention,  activation};
+                            rotate_and_cache, paged_attention,  activation,  forward};
