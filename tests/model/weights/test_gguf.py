@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from tests.model.weights.networks import LONGROPE, expected_tensors, tiny_gpt2, tiny_llama, with_metadata, write_gguf
 from tokenrelay.model.config import UnsupportedModelError
 from tokenrelay.model.hf_config import read_hf_config
+from tokenrelay.model.quantized import Quantized
 from tokenrelay.model.weights.checkpoint import open_checkpoint
 from tokenrelay.model.weights.config_reader import config_from_gguf, read_model_config
 from tokenrelay.model.weights.errors import CheckpointError
@@ -180,3 +181,19 @@ def test_counts_that_the_tensors_contradict_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content[:at] + struct.pack("<I", 4_000_000_000) + content[at + 4 :])
     with pytest.raises(CheckpointError, match=r"blk\.3999999999"):
         config_from_gguf(read_gguf_metadata(path))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_1], ids=lambda kind: kind.name)
+def test_what_is_stored_in_few_bits_comes_as_it_is(kind: Kind, tie: bool, tmp_path: Path) -> None:
+    """Its meaning is what dequantizing gives, q and k in transformers' order included."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny_llama(tie=tie), path, kind)
+    checkpoint = GGUFCheckpoint(path)
+    stored, expected = dict(checkpoint.stored()), dict(checkpoint.tensors())
+    assert stored.keys() == expected.keys()
+    kept = {name: tensor for name, tensor in stored.items() if isinstance(tensor, Quantized)}
+    assert bool(kept) == (kind is not Kind.Q5_1)
+    for name, tensor in stored.items():
+        meant = tensor.dequantized() if isinstance(tensor, Quantized) else tensor
+        torch.testing.assert_close(meant, expected[name], rtol=1e-6, atol=1e-7)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.quantized import Quantized, stacked
 from tokenrelay.model.transformer.kernels import native
-from tokenrelay.model.transformer.kernels.packed_linear import replace_linears
 from tokenrelay.model.transformer.kernels.native_layers import replace_layers
+from tokenrelay.model.transformer.kernels.packed_linear import replace_linears
 from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm
 from tokenrelay.model.transformer.rope import rotary_table
 from tokenrelay.model.transformer.transformer import Transformer
