@@ -49,7 +49,7 @@ def test_it_equals_the_reference(rows: int, features: tuple[int, int], bits: int
     weight, bias, x = weight_of(bits, *features), torch.randn(features[1]), rows_of(rows, features[0])
     layer = QuantizedLinear(weight, bias)
     expected = reference.quantized_linear(x, layer.panels, layer.scales, layer.minima, bias, features[1])
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -58,7 +58,7 @@ def test_the_reference_is_the_product_of_what_was_rounded(bits: int) -> None:
     layer = QuantizedLinear(weight)
     integers, scales = reference.quantized_rows(x)
     rounded = (integers * scales.unsqueeze(-1)).view(7, 96)
-    torch.testing.assert_close(rounded, x, rtol=0, atol=float(x.abs().max()) / 127 / 2 * 1.001)
+    torch.testing.assert_close(rounded, x, rtol=0, atol=float(x.abs().max()) / 32767 / 2 * 1.1)
     found = reference.quantized_linear(x, layer.panels, layer.scales, layer.minima, None, 40)
     torch.testing.assert_close(found, rounded @ weight.dequantized().T, rtol=1e-4, atol=1e-4)
 

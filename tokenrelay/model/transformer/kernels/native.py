@@ -88,7 +88,7 @@ def quantized_linear(
         return reference.quantized_linear(x, panels, scales, minima, bias, out_features)
     rows, in_features = x.shape
     out = x.new_empty((rows, out_features))
-    scratch = x.new_empty(rows * (in_features + in_features // 4), dtype=torch.uint8)
+    scratch = x.new_empty(rows * (2 * in_features + in_features // 4), dtype=torch.uint8)
     library.quantized_linear(
         library.QuantizedLinear(
             x.data_ptr(),

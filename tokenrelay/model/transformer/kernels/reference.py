@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenrelay.model.quantized import GROUP, LARGEST
+from tokenrelay.model.quantized import GROUP
 
 PANEL_WIDTH = 16
+LARGEST_INPUT = 32767
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -51,10 +52,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) ->
 
 
 def pack_integers(integers: Tensor) -> Tensor:
-    """[N, K], K a multiple of 8 -> panels of 16 columns: int8 [ceil(N / 16), K / 4, 16, 4]; 4-bit values (uint8)
-    [ceil(N / 16), K / 8, 16, 4], of eight steps the last four in the high halves of the bytes."""
+    """[N, K], K a multiple of 4 -> panels of 16 columns: int8 [ceil(N / 16), K / 2, 16, 2]; 4-bit values (uint8)
+    [ceil(N / 16), K / 4, 16, 2], of four steps the last two in the high halves of the bytes."""
     out_features, in_features = integers.shape
-    padded = F.pad(integers, (0, 0, 0, -out_features % PANEL_WIDTH)).view(-1, PANEL_WIDTH, in_features // 4, 4)
+    padded = F.pad(integers, (0, 0, 0, -out_features % PANEL_WIDTH)).view(-1, PANEL_WIDTH, in_features // 2, 2)
     if integers.dtype is torch.uint8:
         padded = padded[:, :, 0::2] | (padded[:, :, 1::2] << 4)
     return padded.transpose(1, 2).contiguous()
@@ -65,16 +66,16 @@ def unpack_integers(panels: Tensor, out_features: int) -> Tensor:
     columns = panels.transpose(1, 2)
     if panels.dtype is torch.uint8:
         columns = torch.stack((columns & 15, columns >> 4), dim=3).flatten(2, 3)
-    return columns.reshape(-1, columns.shape[2] * 4)[:out_features]
+    return columns.reshape(-1, columns.shape[2] * 2)[:out_features]
 
 
 def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [T, K] -> integers [T, K / 32, 32] from -127 to 127, as fp32, and a scale for each group [T, K / 32]."""
+    """x [T, K] -> integers of 16 bits [T, K / 32, 32], as fp32, and a scale for each group [T, K / 32]."""
     groups = x.float().view(x.shape[0], -1, GROUP)
     highest = groups.abs().amax(-1, keepdim=True)
     usable = (highest > 0) & highest.isfinite()
-    integers = torch.where(usable, (groups * (LARGEST / highest)).round().clamp(-LARGEST, LARGEST), 0.0)
-    return integers, (highest / LARGEST).squeeze(-1)
+    integers = torch.where(usable, (groups * (LARGEST_INPUT / highest)).round(), 0.0)
+    return integers.clamp(-LARGEST_INPUT, LARGEST_INPUT), (highest / LARGEST_INPUT).squeeze(-1)
 
 
 def quantized_linear(
