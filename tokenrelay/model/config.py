@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Literal["float32", "bfloat16", "float16", "int8"]
 MAX_STREAMING_LEN = 2**20  # tokens of one sequence when attention sinks let it outgrow the context
 
 

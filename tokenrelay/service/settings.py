@@ -55,11 +55,17 @@ class Settings(BaseSettings):
 
     # the engine
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the network runs: auto, cpu or cuda.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the weights: auto, float32, bfloat16 or float16."
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto",
+        description=(
+            "Type of the weights: float32, bfloat16, float16, int8 (CPU), or auto: bfloat16, and matrices that a GGUF "
+            "stores in 8 or 4 bits stay so on a CPU."
+        ),
     )
     num_threads: int = Field(0, ge=0, description="Compute threads on a CPU; 0: one per core this process may use.")
-    kv_cache_dtype: Literal["auto", "int8"] = Field("auto", description="Type of the KV cache: auto is as dtype.")
+    kv_cache_dtype: Literal["auto", "int8"] = Field(
+        "auto", description="Type of the KV cache: int8, or auto: as dtype, bfloat16 for weights of few bits."
+    )
     kv_cache_mb: int = Field(1024, ge=1, description="Memory budget of the KV cache.")
     max_model_len: int = Field(0, ge=0, description="Longest prompt plus output in tokens; 0: the model's own limit.")
     max_num_seqs: int = Field(64, ge=1, description="Requests computed in one step.")

@@ -58,7 +58,10 @@ def test_the_reference_is_the_product_of_what_was_rounded(bits: int) -> None:
     layer = QuantizedLinear(weight)
     integers, scales = reference.quantized_rows(x)
     rounded = (integers * scales.unsqueeze(-1)).view(7, 96)
-    torch.testing.assert_close(rounded, x, rtol=0, atol=float(x.abs().max()) / 32767 / 2 * 1.1)
+    outlier = x.view(7, 3, GROUP).square().amax(-1) > reference.OUTLIER * x.square().mean(-1, keepdim=True)
+    assert 0 < outlier.sum() < outlier.numel()
+    steps = torch.where(outlier, scales, scales * 256).repeat_interleave(GROUP, dim=1)
+    assert ((rounded - x).abs() <= steps * 0.501).all()
     found = reference.quantized_linear(x, layer.panels, layer.scales, layer.minima, None, 40)
     torch.testing.assert_close(found, rounded @ weight.dequantized().T, rtol=1e-4, atol=1e-4)
 

@@ -43,19 +43,23 @@ class Engine:
         device: str = "auto",
         cache_dir: Path | None = None,
     ) -> Engine:
-        """From a short name, a GGUF file, a folder or a hub id, fetched if it is not here. ``auto``: bfloat16, on a
-        GPU if there is one."""
+        """From a short name, a GGUF file, a folder or a hub id, fetched if it is not here.
+
+        device ``auto``: a GPU if there is one. dtype ``auto``: bfloat16; on a CPU matrices that are stored in 8 or 4
+        bits stay so, and with ``int8`` all get 8. Raises ValueError where the device has no such type.
+        """
         source = resolve(model, cache_dir=cache_dir)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        few_bits = device == "cpu" and dtype in ("auto", "int8")
-        torch_dtype = torch.bfloat16 if dtype in ("auto", "int8") else getattr(torch, dtype)
+        if dtype == "int8" and device != "cpu":
+            raise ValueError(f"dtype int8 has no kernels on {device}; use auto or bfloat16")
         return cls.from_checkpoint(
             open_checkpoint(source),
             config or EngineConfig(),
-            dtype=torch_dtype,
+            dtype=torch.bfloat16 if dtype in ("auto", "int8") else getattr(torch, dtype),
             device=torch.device(device),
-            few_bits=few_bits,
+            keep_quantized=device == "cpu" and dtype in ("auto", "int8"),
+            in_8_bits=dtype == "int8",
         )
 
     @classmethod
@@ -66,7 +70,8 @@ class Engine:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        few_bits: bool = False,
+        keep_quantized: bool = False,
+        in_8_bits: bool = False,
     ) -> Engine:
         """Load the network and allocate its KV cache. Raises the checkpoint's and the loader's ValueErrors."""
         model_config = checkpoint.config()
@@ -79,12 +84,12 @@ class Engine:
         window = _window(model_config, config, context, num_blocks)
         model = load_transformer(
             model_config,
-            checkpoint.stored(dtype) if few_bits else checkpoint.tensors(dtype),
+            checkpoint.stored(dtype) if keep_quantized else checkpoint.tensors(dtype),
             max_model_len=context,  # what rope scaling may depend on: never on this machine's memory
             attention_sinks=config.attention_sinks,
             dtype=dtype,
             device=device,
-            in_8_bits=few_bits,
+            in_8_bits=in_8_bits,
         )
         kv_cache = allocate_kv_cache(model_config, num_blocks, config.block_size, cache_dtype, device)
         runner = ModelRunner(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -48,6 +49,7 @@ def run_worker(
     tokenizer = Tokenizer.from_source(source)
     compiler = GrammarCompiler(tokenizer, vocab_size=read_model_config(source).vocab_size)
     settings = settings.model_copy(update={"served_model_name": settings.served_model_name or source.name})
+    gc.freeze()  # the garbage collector need not walk the libraries and the network again and again
     asyncio.run(_Process(settings, role, metrics_socket, ready_fd).serve(engine, tokenizer, compiler))
 
 

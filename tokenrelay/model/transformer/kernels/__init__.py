@@ -115,9 +115,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) ->
 def quantized_linear(
     x: Tensor, panels: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    """x [T, K] @ W^T + bias [N] -> [T, N], with W of 8 or 4 bits and x rounded to 16, both in groups of 32 along K.
+    """x [T, K] @ W^T + bias [N] -> [T, N], with W of 8 or 4 bits and x rounded to 8, both in groups of 32 along K.
 
-    panels: int8 [ceil(N / 16), K / 2, 16, 2], or 4 bits in uint8 [ceil(N / 16), K / 4, 16, 2], which have minima.
+    Groups of x that stick out of their row are rounded to 16 bits. (as the columns of Dettmers et al., "LLM.int8()")
+    panels: uint8, 8 bits [ceil(N / 16), K / 4, 16, 4], or 4 bits [ceil(N / 16), K / 8, 16, 4], which have minima.
     scales, minima [ceil(N / 16), K / 32, 16] fp16. Sums within a group are exact, whatever computes them.
     """
     return _quantized_linear(x, panels, scales, minima, bias, out_features)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tokenrelay.model.quantized import GROUP
 from tokenrelay.model.transformer.kernels import library, reference
 
 ISA_NAMES = ("portable", "avx2", "avx512")
@@ -80,6 +81,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) ->
     return out
 
 
+def scratch_size(in_features: int) -> int:
+    """Bytes per row: two halves of each integer; of each group a scale, two sums and a mark."""
+    return 2 * in_features + 13 * in_features // GROUP
+
+
 def quantized_linear(
     x: Tensor, panels: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None, out_features: int
 ) -> Tensor:
@@ -88,11 +94,11 @@ def quantized_linear(
         return reference.quantized_linear(x, panels, scales, minima, bias, out_features)
     rows, in_features = x.shape
     out = x.new_empty((rows, out_features))
-    scratch = x.new_empty(rows * (2 * in_features + in_features // 4), dtype=torch.uint8)
+    scratch = x.new_empty(rows * scratch_size(in_features), dtype=torch.uint8)
     library.quantized_linear(
         library.QuantizedLinear(
             x.data_ptr(),
-            _address(panels, torch.int8 if minima is None else torch.uint8),
+            _address(panels, torch.uint8),
             _address(scales, torch.float16),
             None if minima is None else _address(minima, torch.float16),
             None if bias is None else _address(bias, torch.float32),

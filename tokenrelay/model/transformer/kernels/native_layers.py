@@ -32,7 +32,7 @@ class NativeLayers:
         self._is_covered = False
         linears = [module for module in model.layers.modules() if isinstance(module, PackedLinear | QuantizedLinear)]
         widths = [linear.in_features for linear in linears if isinstance(linear, QuantizedLinear)]
-        self._scratch = max(widths, default=0) * 9 // 4  # bytes per token
+        self._scratch = native.scratch_size(max(widths, default=0))  # bytes per token
         self._wide = max(linear.out_features for linear in linears)
         self._narrow = max(linear.in_features for linear in linears)
 

@@ -35,7 +35,7 @@ class PackedLinear(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """y = x W^T + b with W of 8 or 4 bits and activations of 16, in groups of 32. (``kernels.quantized_linear``)"""
+    """y = x W^T + b with W of 8 or 4 bits and activations of 8, in groups of 32. (``kernels.quantized_linear``)"""
 
     panels: Tensor
     scales: Tensor

@@ -16,7 +16,9 @@ from torch import Tensor
 from tokenrelay.model.quantized import GROUP
 
 PANEL_WIDTH = 16
-LARGEST_INPUT = 32767
+LARGEST_INPUT = 127 * 256
+OUTLIER = 36  # largest element squared, over the row's mean square
+TINY = 1e-30  # below, a group counts as zero
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -52,37 +54,49 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) ->
 
 
 def pack_integers(integers: Tensor) -> Tensor:
-    """[N, K], K a multiple of 4 -> panels of 16 columns: int8 [ceil(N / 16), K / 2, 16, 2]; 4-bit values (uint8)
-    [ceil(N / 16), K / 4, 16, 2], of four steps the last two in the high halves of the bytes."""
+    """[N, K], K a multiple of 8 -> uint8 panels of 16 columns.
+
+    int8: the values plus 128 [ceil(N / 16), K / 4, 16, 4]. 4-bit values (uint8): [ceil(N / 16), K / 8, 16, 4], of eight
+    steps the last four in the high halves of the bytes.
+    """
     out_features, in_features = integers.shape
-    padded = F.pad(integers, (0, 0, 0, -out_features % PANEL_WIDTH)).view(-1, PANEL_WIDTH, in_features // 2, 2)
+    unsigned = (integers.to(torch.int16) + 128).to(torch.uint8) if integers.dtype is torch.int8 else integers
+    padded = F.pad(unsigned, (0, 0, 0, -out_features % PANEL_WIDTH)).view(-1, PANEL_WIDTH, in_features // 4, 4)
     if integers.dtype is torch.uint8:
         padded = padded[:, :, 0::2] | (padded[:, :, 1::2] << 4)
     return padded.transpose(1, 2).contiguous()
 
 
-def unpack_integers(panels: Tensor, out_features: int) -> Tensor:
-    """The inverse of ``pack_integers``."""
+def unpack_integers(panels: Tensor, out_features: int, bits: int) -> Tensor:
+    """The inverse of ``pack_integers``, as int16."""
     columns = panels.transpose(1, 2)
-    if panels.dtype is torch.uint8:
+    if bits == 4:
         columns = torch.stack((columns & 15, columns >> 4), dim=3).flatten(2, 3)
-    return columns.reshape(-1, columns.shape[2] * 2)[:out_features]
+    integers = columns.reshape(-1, columns.shape[2] * 4)[:out_features].to(torch.int16)
+    return integers if bits == 4 else integers - 128
 
 
 def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [T, K] -> integers of 16 bits [T, K / 32, 32], as fp32, and a scale for each group [T, K / 32]."""
+    """x [T, K] -> integers [T, K / 32, 32], as fp32, and a scale for each group [T, K / 32].
+
+    An outlier is a group whose largest element is more than 6 times the row's root mean square. It gets integers of 16
+    bits; the others get multiples of 256. What is not finite makes its whole row NaN.
+    """
     groups = x.float().view(x.shape[0], -1, GROUP)
+    squares = groups.square()
+    limit = OUTLIER * squares.mean((1, 2), keepdim=True)
     highest = groups.abs().amax(-1, keepdim=True)
-    usable = (highest > 0) & highest.isfinite()
-    integers = torch.where(usable, (groups * (LARGEST_INPUT / highest)).round(), 0.0)
-    return integers.clamp(-LARGEST_INPUT, LARGEST_INPUT), (highest / LARGEST_INPUT).squeeze(-1)
+    step = torch.where(squares.amax(-1, keepdim=True) > limit, 1, 256)
+    integers = torch.where(highest > TINY, (groups * (LARGEST_INPUT / step / highest)).round() * step, 0.0)
+    scales = torch.where(highest > TINY, highest / LARGEST_INPUT, 0.0).where(limit.isfinite(), torch.nan)
+    return integers.nan_to_num(0.0), scales.squeeze(-1)
 
 
 def quantized_linear(
     x: Tensor, panels: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None, out_features: int
 ) -> Tensor:
     integers, x_scales = quantized_rows(x)
-    weight = unpack_integers(panels, out_features).view(out_features, -1, GROUP)
+    weight = unpack_integers(panels, out_features, 8 if minima is None else 4).view(out_features, -1, GROUP)
     sums = torch.einsum("tgk,ngk->tng", integers.double(), weight.double())  # exact
     out = torch.einsum("tng,tg,ng->tn", sums, x_scales.double(), unpack(scales, out_features).double())
     if minima is not None:

@@ -44,7 +44,7 @@ struct AttentionParams {
 };
 
 // out = x W^T + bias, W[n, k] = integer * scale (+ minimum) of its group of 32 k. Panels of 16 columns, the last one padded;
-// 8 bits: signed [panels][K / 2][16][2]; 4 bits: unsigned [panels][K / 4][16][2], k + 2 in the high halves.
+// 8 bits: integer + 128, [panels][K / 4][16][4]; 4 bits: [panels][K / 8][16][4], k + 4 in the high halves.
 struct QuantizedLinear {
     const float* x;         // [T, K]
     const uint8_t* panels;
@@ -52,7 +52,7 @@ struct QuantizedLinear {
     const f16* minima;      // the same, or null
     const float* bias;      // [N], or null
     float* out;             // [T, N]
-    void* scratch;          // T (2 K + K / 4) bytes
+    void* scratch;          // T (2 K + 13 K / 32) bytes
     int64_t rows, in_features, out_features, bits;
 };
 

@@ -14,7 +14,7 @@ constexpr int panels_for(int rows) { return rows <= 2 ? 4 : 2; }
 constexpr int MAX_ROWS = 2, QUANTIZED_ROWS = 2;  // portable on x86 is only the tests' yardstick: compile little
 constexpr int panels_for(int) { return 1; }
 #else
-constexpr int MAX_ROWS = 6, QUANTIZED_ROWS = 6;
+constexpr int MAX_ROWS = 6, QUANTIZED_ROWS = 2;
 constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #endif
 constexpr size_t ROW_BLOCK = 96, PANEL_GROUP = 4;  // one task of linear: neither changes the bits
