@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 NGRAM_SIZES = (3, 2)  # longest first: the longer the match, the better the guess
-FIXED_COST = 10  # rows whose products cost as much as reading the weights: a step's price in rows, measured
+FIXED_COST = 3  # rows that cost as much as reading weights of 4 bits does: a step's price in rows, measured on 2 cores
 LONGEST_PAUSE = 64  # tokens
 
 
