@@ -1,4 +1,6 @@
-"""OpenVINO GenAI as a target of ``tokenrelay bench ours=URL openvino="exec:VENV/bin/python benchmarks/openvino_peer.py FOLDER"``; that environment has
+"""OpenVINO GenAI as a target of ``tokenrelay bench``: no server, so it is measured in this process.
+
+``tokenrelay bench ours=URL openvino="exec:VENV/bin/python benchmarks/openvino_peer.py FOLDER"``; that environment has
 ``openvino-genai`` and nothing of tokenrelay, the folder is from ``optimum-cli export openvino --weight-format int8``.
 """
 

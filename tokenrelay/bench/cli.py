@@ -1,29 +1,13 @@
-"""``tokenrelay bench``: its options, and what is shown while and after it runs."""
+"""``tokenrelay bench``: its options. Every other command imports this file, so it imports nothing of weight."""
 
 from __future__ import annotations
 
-import asyncio
-import re
-import shlex
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from tokenrelay.bench.figures import Bounds
-from tokenrelay.bench.measured import TargetError
-from tokenrelay.bench.report import Report, as_record
-from tokenrelay.bench.rounds import Plan, Result, measure_all
-from tokenrelay.bench.sweep import sweep
-from tokenrelay.bench.targets import Access, Advance, target
-from tokenrelay.bench.workload import Workload
-
-Draw = Callable[[Report, Path], None]
 HERE = "http://127.0.0.1:8000"
 _LOAD, _LENGTH, _RUN, _SERVER, _OUT = "Load", "Prompts and output", "Measuring", "Server", "Results"
 
@@ -56,7 +40,7 @@ def bench(
     rounds: Annotated[int, _option("Measure everything so often, the targets in turn.", _RUN, min=1)] = 1,
     warm_up: Annotated[int, _option("Requests before each run's clock starts; -1: one per client.", _RUN)] = -1,
     goodput_ttft_ms: Annotated[
-        float | None, _option("Goodput: first token within this; without bounds all count.", _RUN)
+        float | None, _option("Goodput counts requests whose first token came within this …", _RUN)
     ] = None,
     goodput_gap_ms: Annotated[float | None, _option("… and each further one within this, on average.", _RUN)] = None,
     model: Annotated[str, _option("Empty: the first that the server lists.", _SERVER)] = "",
@@ -85,6 +69,14 @@ def bench(
     "prompts", "max_tokens", "warm_up"}, and prints {"requests": [{"started", "ended", "arrivals", "prompt_tokens",
     "output_tokens"}], "seconds"}, in seconds.
     """
+    from tokenrelay.bench.figures import Bounds
+    from tokenrelay.bench.rounds import Plan
+    from tokenrelay.bench.run import run
+    from tokenrelay.bench.sweep import sweep
+    from tokenrelay.bench.targets import Access, distinct
+    from tokenrelay.bench.workload import Workload
+
+    draw = plotter(plot) if plot else None
     load = Workload(
         requests=requests,
         warm_up=warm_up,
@@ -96,57 +88,15 @@ def bench(
     lengths = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens or ("2048" if beside else "64")}
     swept, workloads = sweep(load, {"clients": clients, "rate": rate, "beside": beside, **lengths})
     access, bounds = Access(model, api_key, timeout), Bounds(goodput_ttft_ms, goodput_gap_ms)
-    _run(Plan([target(spec, access) for spec in targets or [HERE]], workloads, rounds, bounds), swept, plot, json)
+    run(Plan(distinct(targets or [HERE], access), workloads, rounds, bounds), swept, json, draw)
 
 
-def _run(plan: Plan, swept: str, plot: Path | None, json: Path | None) -> None:
-    draw, results = plotter(plot) if plot else None, list[Result]()
-    try:
-        asyncio.run(_collect(plan, json, results))
-    finally:  # what was measured before something failed is worth as much
-        if results:
-            _show(Report(results, swept))
-    if draw and plot:
-        draw(Report(results, swept), plot)
-    print(Report(results, swept).as_json(command()))
-
-
-async def _collect(plan: Plan, json: Path | None, results: list[Result]) -> None:
-    async for result in measure_all(plan, _progress):
-        results.append(result)
-        if json:
-            with json.open("ab") as file:
-                file.write(as_record(result, command()))
-
-
-def _show(report: Report) -> None:
-    console = Console(stderr=True)
-    for table in report.tables():
-        console.print(table)
-    for error in dict.fromkeys(f"{r.target}: {r.first_error}" for r in report.results if r.first_error):
-        console.print("first error of a run:", error, style="red", markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress(title: str, total: int | None) -> Iterator[Advance]:
-    """A bar, where somebody looks; drawn seldom, for it takes its time from the server."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
-
-
-def plotter(file: Path) -> Draw:
-    """Fails before anything is measured."""
+def plotter(file: Path) -> Any:
+    """Draws a report into this file. Fails before anything is measured."""
     if file.suffix not in (".png", ".html"):
         raise typer.BadParameter("must end with .png or .html", param_hint="--plot")
     try:
         from tokenrelay.bench.plot import draw
     except ImportError as error:
-        raise TargetError(f"--plot needs matplotlib: pip install 'tokenrelay[bench]' ({error})") from error
-    return draw
-
-
-def command() -> str:
-    """As it was given, but for the secret."""
-    return re.sub(r"(--api-key[ =])\S+", r"\1…", shlex.join(["tokenrelay", *sys.argv[1:]]))
+        raise ValueError(f"--plot needs matplotlib: pip install 'tokenrelay[bench]' ({error})") from error
+    return partial(draw, file)

@@ -35,6 +35,10 @@ class Origin:
     tls: bool
     prefix: str
 
+    @property
+    def authority(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
     @classmethod
     def of(cls, url: str) -> Origin:
         parts = urlsplit(url)
@@ -99,7 +103,7 @@ async def exchange(
 ) -> None:
     """Returns when the answer has ended. Raises ``RefusalError`` if it was not 200, OSError if there was none."""
     connection = h11.Connection(h11.CLIENT)
-    own = {"host": f"{origin.host}:{origin.port}", "connection": "close", "content-length": str(len(body))}
+    own = {"host": origin.authority, "connection": "close", "content-length": str(len(body))}
     head = h11.Request(method=method, target=origin.prefix + path, headers=list((own | headers).items()))
     parts = [connection.send(event) for event in (head, h11.Data(data=body), h11.EndOfMessage())]
     request = b"".join(part for part in parts if part)

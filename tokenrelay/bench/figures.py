@@ -27,11 +27,7 @@ def figures(run: Run, bounds: Bounds, *, alone: bool) -> Figures:
     """Latencies and throughput are those of the requests that ended well; ``alone``: they never met each other."""
     good = [request for request in run.requests if not request.error]
     refused = sum(request.refused for request in run.requests)
-    counts = {
-        "requests": len(good),
-        "refused": refused,
-        "errors": len(run.requests) - len(good) - refused,
-    }
+    counts = {"requests": len(good), "refused": refused, "errors": len(run.requests) - len(good) - refused}
     return {**_rates(run, good, bounds), **_latencies(good, alone), **_client(run, good), **counts}
 
 
@@ -48,12 +44,13 @@ def percentiles(name: str, seconds: Sequence[float], shares: Sequence[float] = (
 
 
 def _rates(run: Run, good: list[Measured], bounds: Bounds) -> Figures:
-    return {
+    rates = {
         "output_tokens_per_second": sum(request.output_tokens for request in good) / run.seconds,
         "prompt_tokens_per_second": sum(request.prompt_tokens for request in good) / run.seconds,
         "requests_per_second": len(good) / run.seconds,
-        "goodput_requests_per_second": sum(map(bounds.met_by, good)) / run.seconds,
     }
+    goodput = {"goodput_requests_per_second": sum(map(bounds.met_by, good)) / run.seconds}
+    return rates | (goodput if bounds != Bounds() else {})
 
 
 def _latencies(good: list[Measured], alone: bool) -> Figures:

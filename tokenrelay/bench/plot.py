@@ -17,7 +17,7 @@ STALL = {"beside_gap_p99_ms": "gap beside the prompt, p99, ms", "prefill_seconds
 MANY_TIMES = 8  # wider sweeps have a logarithmic axis
 
 
-def draw(report: Report, file: Path) -> None:
+def draw(file: Path, report: Report) -> None:
     """One line per target through the medians, with a band from the least to the most over the rounds."""
     panels = STALL if report.workloads[0].beside else THROUGHPUT_AND_LATENCY
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.table import Table
+from rich.table import Column, Table
 
 from tokenrelay import __version__
 from tokenrelay.bench.rounds import Result
 from tokenrelay.bench.workload import Workload
 
 IN_A_SWEEP = (
-    *("output_tokens_per_second", "goodput_requests_per_second", "ttft_p50_ms", "ttft_p99_ms"),
+    *("output_tokens_per_second", "goodput_requests_per_second", "ttft_p50_ms"),
     *("gap_p50_ms", "gap_p99_ms", "e2e_p50_ms", "refused", "errors"),
     *("prefill_seconds", "alone_gap_p99_ms", "beside_gap_p99_ms", "beside_gap_worst_ms"),
 )
@@ -77,7 +77,7 @@ class Report:
     def _load(self, workload: Workload) -> dict[str, Any]:
         others = self.targets[1:]
         return asdict(workload) | {
-            "targets": {name: self._each(self._medians, workload, name) for name in self.targets},
+            "targets": {name: self._each(self._median, workload, name) for name in self.targets},
             "ratios": {name: self._each(self.ratio, workload, name) for name in others},
         }
 
@@ -85,7 +85,7 @@ class Report:
         found = {figure: of(workload, target, figure) for figure in self.measures}
         return {figure: value for figure, value in found.items() if value is not None}
 
-    def _medians(self, workload: Workload, target: str, figure: str) -> float | None:
+    def _median(self, workload: Workload, target: str, figure: str) -> float | None:
         spread = self.spread(workload, target, figure)
         return spread.median if spread else None
 
@@ -103,15 +103,18 @@ class Report:
         return table
 
     def _sweep(self) -> Table:
-        measures = [figure for figure in IN_A_SWEEP if figure in self.measures]
+        """One row per load and target; of most figures only the median, or it would be too wide."""
+        first, *others = [figure for figure in IN_A_SWEEP if any(result.figures.get(figure) for result in self.results)]
         against = [f"/ {self.targets[0]}"] if len(self.targets) > 1 else []
-        names = [figure.replace("_", " ") for figure in measures]
-        table = Table(self.swept.replace("_", " "), "target", names[0], *against, *names[1:])
+        names = [figure.replace("_per_second", " /s").replace("_", " ") for figure in (first, *others)]
+        headers = (self.swept.replace("_", " "), "target", names[0], *against, *names[1:])
+        table = Table(*(Column(header, overflow="fold") for header in headers))
         for workload in self.workloads:
-            for name in self.targets:
-                first, *others = (cell(self.spread(workload, name, figure)) for figure in measures)
-                ratio = [cell(self.ratio(workload, name, measures[0]))] * len(against)
-                table.add_row(f"{getattr(workload, self.swept):g}", name, first, *ratio, *others)
+            for name in [name for name in self.targets if self.spread(workload, name, first)]:
+                spread, ratio = self.spread(workload, name, first), self.ratio(workload, name, first)
+                medians = [cell(self._median(workload, name, figure)) for figure in others]
+                value = f"{getattr(workload, self.swept):g}"
+                table.add_row(value, name, cell(spread), *[cell(ratio)] * len(against), *medians)
         return table
 
 
@@ -120,8 +123,8 @@ def rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def cell(value: Spread | None) -> str:
-    return "–" if value is None else str(value)
+def cell(value: Spread | float | None) -> str:
+    return "–" if value is None else str(value) if isinstance(value, Spread) else f"{value:.4g}"
 
 
 def as_record(result: Result, command: str) -> bytes:

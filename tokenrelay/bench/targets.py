@@ -6,7 +6,7 @@ import asyncio
 import random
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -119,8 +119,16 @@ def target(spec: str, access: Access) -> Target:
     """``[NAME=]URL`` or ``NAME=exec:COMMAND``. Without a name, the URL or the command is it."""
     named = re.match(r"([\w.+ -]+)=(?=https?:|exec:)", spec)
     what = spec[named.end() :] if named else spec
-    name = named[1] if named else what.removeprefix("http://")
+    name = named[1] if named else what.removeprefix("http://").rstrip("/").removesuffix("/v1")
     return Process(name, what.removeprefix("exec:")) if what.startswith("exec:") else Server(name, what, access)
+
+
+def distinct(specs: Sequence[str], access: Access) -> list[Target]:
+    """All of them, under names that tell them apart."""
+    targets = [target(spec, access) for spec in specs]
+    if len({target.name for target in targets}) < len(targets):
+        raise TargetError("two targets have one name: give each a name of its own, NAME=URL")
+    return targets
 
 
 def _as_json(workload: Workload) -> bytes:

@@ -46,7 +46,7 @@ class Workload:
     @property
     def title(self) -> str:
         """In words."""
-        load = f"{self.rate:g} requests/s" if self.rate else f"{self.clients} clients"
+        load = f"{self.rate:g} requests/s" if self.rate else f"{self.clients} client{'s' * (self.clients != 1)}"
         arrival = f", a prompt of {self.beside} arrives" if self.beside else ""
         return f"{load}, {self.prompt_tokens}/{self.output_tokens} tokens{arrival}"
 
