@@ -33,9 +33,9 @@ class Request:
 class Peer:
     """A warm pipeline with continuous batching."""
 
-    def __init__(self, folder: str, threads: int, cache_gb: int) -> None:
+    def __init__(self, folder: str, threads: int, cache_gb: int, prefix_caching: bool) -> None:
         scheduler = openvino_genai.SchedulerConfig()
-        scheduler.cache_size = cache_gb
+        scheduler.cache_size, scheduler.enable_prefix_caching = cache_gb, prefix_caching
         options = {"INFERENCE_NUM_THREADS": threads}
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", options)
         self._tokenizer = self._pipeline.get_tokenizer()
@@ -82,10 +82,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model_folder")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cache-gb", type=int, default=1)
+    parser.add_argument("--cache-gb", type=int, default=1, help="memory for keys and values")
+    parser.add_argument("--prefix-caching", action="store_true", help="for workloads with --shared-prefix")
     options = parser.parse_args()
     workload = json.load(sys.stdin)
-    peer = Peer(options.model_folder, options.threads, options.cache_gb)
+    peer = Peer(options.model_folder, options.threads, options.cache_gb, options.prefix_caching)
     peer.closed_loop(workload["warm_up"], workload["clients"], workload["max_tokens"])
     print(json.dumps(peer.closed_loop(workload["prompts"], workload["clients"], workload["max_tokens"])))
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tokenrelay.bench.figures import Bounds, Figures
 from tokenrelay.bench.plot import draw
-from tokenrelay.bench.report import Report, as_record
+from tokenrelay.bench.report import Report, Spread, as_record
 from tokenrelay.bench.rounds import Plan, Result, in_turn, measure_all
 from tokenrelay.bench.sweep import numbers, sweep
 from tokenrelay.bench.targets import Advance, Target
@@ -95,6 +95,18 @@ async def test_the_last_line_is_all_of_it() -> None:
     assert [load["clients"] for load in line["loads"]] == [1, 4, 16]
     assert [load["targets"]["ours"]["output_tokens_per_second"] for load in line["loads"]] == [3, 12, 48]
     assert line["loads"][1]["ratios"]["theirs"]["output_tokens_per_second"] == {"median": 0.5, "min": 0.5, "max": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("spread", "shown"),
+    [
+        (Spread(1.23456, 1.23456, 1.23456), "1.235"),
+        (Spread(2, 1, 3), "2 (1–3)"),
+        (Spread(12345.6, 999.96, 23456.7), "12,346 (1000–23,457)"),
+    ],
+)
+def test_a_spread_is_legible(spread: Spread, shown: str) -> None:
+    assert str(spread) == shown
 
 
 def test_a_record_is_one_round() -> None:

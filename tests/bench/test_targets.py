@@ -62,6 +62,12 @@ async def test_a_process_that_fails_says_how(code: str, message: str) -> None:
         await measured(python(code))
 
 
+@pytest.mark.parametrize("command", ["", "no-such-command --at all"])
+async def test_a_command_that_is_not_there_is_told_at_once(command: str) -> None:
+    with pytest.raises(TargetError, match="no such command"):
+        await Process("library", command).prepare()
+
+
 @pytest.mark.parametrize("workload", [Workload(rate=1.0), Workload(beside=1000)])
 async def test_a_process_has_clients_only(workload: Workload) -> None:
     with pytest.raises(TargetError, match="--clients only"):

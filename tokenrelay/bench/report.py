@@ -39,8 +39,8 @@ class Spread:
         return cls(rounded(statistics.median(values)), rounded(min(values)), rounded(max(values)))
 
     def __str__(self) -> str:
-        alone = f"{self.median:.4g}"
-        return alone if self.min == self.max else f"{alone} ({self.min:.4g}–{self.max:.4g})"
+        alone = legible(self.median)
+        return alone if self.min == self.max else f"{alone} ({legible(self.min)}–{legible(self.max)})"
 
 
 class Report:
@@ -124,7 +124,11 @@ def rounded(value: float) -> float:
 
 
 def cell(value: Spread | float | None) -> str:
-    return "–" if value is None else str(value) if isinstance(value, Spread) else f"{value:.4g}"
+    return "–" if value is None else str(value) if isinstance(value, Spread) else legible(value)
+
+
+def legible(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
 def as_record(result: Result, command: str) -> bytes:

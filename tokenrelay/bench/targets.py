@@ -6,6 +6,7 @@ import asyncio
 import random
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -87,8 +88,8 @@ class Process:
         self.name, self._command = name, shlex.split(command)
 
     async def prepare(self) -> None:
-        if not self._command:
-            raise TargetError(f"{self.name}=exec: names no command")
+        if not self._command or not shutil.which(self._command[0]):
+            raise TargetError(f"{self.name}: no such command: {self._command[0] if self._command else 'none'}")
 
     async def measure(self, workload: Workload, bounds: Bounds, advance: Advance) -> tuple[Figures, str]:
         if workload.rate or workload.beside:
