@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.bench.conftest import Say
 from tests.service.api.conftest import in_flight
 from tests.service.api.serving import Server, wait_for, working
-from tokenrelay.bench.beside import beside
+from tokenrelay.bench.beside import beside, gaps_across, gaps_within
 from tokenrelay.bench.client import Client
 from tokenrelay.bench.figures import Bounds
 from tokenrelay.bench.loops import closed_loop, open_loop
@@ -133,13 +133,29 @@ async def test_a_full_server_is_counted_and_not_a_failure(say: Say) -> None:
 
 
 async def test_streams_beside_a_long_prompt(running_server: Server) -> None:
-    workload = Workload(clients=2, prompt_tokens=16, output_tokens=200, beside=1000)
-    async with working(running_server, length=200):
+    workload = Workload(clients=2, prompt_tokens=16, output_tokens=2000, beside=1000)
+    async with working(running_server, length=2000):
         figures = await beside(Client(running_server.base_url), running_server.model, workload, alone_seconds=0.1)
         await asyncio.to_thread(wait_for, lambda: in_flight(running_server) == 0)  # its streams end with it
     assert figures["prefill_tokens_per_second"] * figures["prefill_seconds"] == pytest.approx(1000)
     assert figures["alone_gaps"] > 0
+    assert figures["beside_gaps"] >= 2  # at least the one of each stream in which the answer came
     assert figures["alone_gap_p50_ms"] <= figures["alone_gap_worst_ms"]
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "alone", "beside"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8], [1, 1], [1, 1, 1]),  # sent at 3.5, answered at 5.5
+        ([1, 2, 3, 7, 8], [1, 1], [4]),  # stood still all the time
+        ([1, 2, 3, 4, 9], [1, 1], [1, 5]),
+        ([6, 7], [], []),
+    ],
+)
+def test_every_gap_that_the_prompt_met_counts(arrivals: list[float], alone: list[float], beside: list[float]) -> None:
+    requests = [Measured(0, arrivals=arrivals)]
+    assert gaps_within(requests, 1, 3.5) == alone
+    assert gaps_across(requests, 3.5, 5.5) == beside
 
 
 async def test_a_stream_that_fails_beside_a_prompt_ends_it(running_server: Server) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import chain, pairwise
 
 from tokenrelay.bench.client import Client
 from tokenrelay.bench.figures import Figures, percentiles
@@ -33,19 +34,16 @@ class Streams:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def settled(self) -> None:
-        """All have begun."""
-        while any(sum(len(request.arrivals) for request in requests) < SETTLE_CHUNKS for requests in self.requests):
+    async def heard(self, num_chunks: int, since: float = 0.0) -> None:
+        """From each of them."""
+        while min(self._count(requests, since) for requests in self.requests) < num_chunks:
             await asyncio.sleep(0.01)
             for task in self._tasks:
                 if task.done():
                     task.result()
 
-    def gaps(self, start: float, end: float) -> list[float]:
-        """A gap counts where it ends."""
-        requests = [request for requests in self.requests for request in requests]
-        pairs = [pair for request in requests for pair in pairwise(request.arrivals)]
-        return [later - earlier for earlier, later in pairs if start <= later <= end]
+    def _count(self, requests: list[Measured], since: float) -> int:
+        return sum(arrival > since for request in requests for arrival in request.arrivals)
 
     async def _stream(self, requests: list[Measured]) -> None:
         while True:
@@ -55,20 +53,35 @@ class Streams:
 
 
 async def beside(client: Client, model: str, workload: Workload, alone_seconds: float = ALONE_SECONDS) -> Figures:
-    """The streams' gaps alone, and from the moment the prompt is sent until its first token."""
+    """The streams' gaps alone, and those from when the prompt is sent until its first token."""
     async with Streams(client, model, workload) as streams:
-        await streams.settled()
-        alone = time.perf_counter()
+        await streams.heard(SETTLE_CHUNKS)
+        settled = time.perf_counter()
         await asyncio.sleep(alone_seconds)
         long = Measured(time.perf_counter())
         prompt = workload.prompt(random.Random(), workload.beside)
         checked(await client.complete(workload.body(model, prompt, output_tokens=2), long))
+        await streams.heard(1, since=long.arrivals[0])  # a stream that stood still all the time has its gap now
+    requests = [request for requests in streams.requests for request in requests]
     return {
         "prefill_seconds": long.time_to_first_token,
         "prefill_tokens_per_second": long.prompt_tokens / long.time_to_first_token,
-        **gap_figures("alone", streams.gaps(alone, long.started)),
-        **gap_figures("beside", streams.gaps(long.started, long.arrivals[0])),
+        **gap_figures("alone", gaps_within(requests, settled, long.started)),
+        **gap_figures("beside", gaps_across(requests, long.started, long.arrivals[0])),
     }
+
+
+def gaps_within(requests: list[Measured], start: float, end: float) -> list[float]:
+    return [later - earlier for earlier, later in _pairs(requests) if start <= earlier and later <= end]
+
+
+def gaps_across(requests: list[Measured], start: float, end: float) -> list[float]:
+    """Any part of which was in this time."""
+    return [later - earlier for earlier, later in _pairs(requests) if start < later and earlier < end]
+
+
+def _pairs(requests: list[Measured]) -> Iterator[tuple[float, float]]:
+    return chain.from_iterable(pairwise(request.arrivals) for request in requests)
 
 
 def gap_figures(name: str, gaps: list[float]) -> Figures:
