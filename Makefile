@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 NATIVE := $(wildcard tokenrelay/model/transformer/kernels/cpp/*)
 
-.PHONY: serve test test-long lint types bench bench-kernels bench-stall clean
+.PHONY: serve test test-long lint types bench bench-kernels clean
 
 serve: $(VENV)/.installed ## start everything on this machine; SERVE="--port 9000" passes options
 	$(BIN)/tokenrelay serve $(SERVE)
@@ -25,11 +25,8 @@ types: $(VENV)/.installed-dev
 bench-kernels: $(VENV)/.installed ## speed of each kernel and its share of the machine's limit
 	$(BIN)/python -m benchmarks.kernels
 
-bench: $(VENV)/.installed-dev ## throughput and latencies of a running server: BENCH="http://127.0.0.1:8000 --clients 16"
-	$(BIN)/python -m benchmarks.serving $(BENCH)
-
-bench-stall: $(VENV)/.installed-dev ## how long streams stand still beside a long prompt: BENCH="http://127.0.0.1:8000"
-	$(BIN)/python -m benchmarks.stall $(BENCH)
+bench: $(VENV)/.installed-dev ## measures running servers: BENCH="http://127.0.0.1:8000 --clients 1,4,16 --plot clients.png"
+	$(BIN)/tokenrelay bench $(BENCH)
 
 $(VENV)/.installed: pyproject.toml setup.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)

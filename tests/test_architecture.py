@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import tokenrelay
 
 ROOT = Path(tokenrelay.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc", "base", "manager"}
-LAZY_BY_DESIGN = {"service/cli.py"}  # `tokenrelay version` must not load torch
+LAZY_BY_DESIGN = {"service/cli.py", "bench/cli.py"}  # `version` must not load torch, nor `bench` need matplotlib
 
 
 def name(path: Path) -> str:
@@ -68,6 +70,13 @@ def test_the_two_processes_do_not_know_each_other() -> None:
         assert not any(i.startswith(("tokenrelay.service.api", "tokenrelay.service.worker")) for i in imports(path))
 
 
+def test_the_benchmark_is_an_outsider() -> None:
+    """It knows a server as any client would, and the API and the workers do not know it."""
+    assert importers("bench/", of="tokenrelay.service") == importers("bench/", of="tokenrelay.model") == []
+    assert importers("model/", of="tokenrelay.bench") == []
+    assert importers("service/", of="tokenrelay.bench") == ["service/cli.py"]
+
+
 def test_only_the_settings_read_the_environment() -> None:
     readers = [name(path) for path in FILES if "os.environ" in path.read_text() or "getenv" in path.read_text()]
     assert readers == ["service/settings.py"]
@@ -100,6 +109,15 @@ def test_files_stay_small() -> None:
     assert [name(path) for path in FILES if len(path.read_text().splitlines()) > 300] == []
 
 
-def test_the_api_process_does_not_load_torch() -> None:
-    code = "import sys, tokenrelay.service.api.server; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("tokenrelay.service.api.server", ("torch", "tokenrelay.bench")),
+        ("tokenrelay.service.cli", ("torch", "matplotlib", "httpx", "tokenrelay.bench.run")),
+        ("tokenrelay.bench.run", ("torch", "matplotlib", "httpx", "numpy")),
+    ],
+)
+def test_what_a_process_does_not_load(module: str, unwanted: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; sys.exit(' '.join({set(unwanted)!r} & set(sys.modules)) or None)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

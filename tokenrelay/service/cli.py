@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tokenrelay import __version__
+from tokenrelay.bench.cli import bench
 from tokenrelay.model.weights import known_models, resolve
 from tokenrelay.service import dead_letters_cli, logs
 from tokenrelay.service.cli_options import with_settings
@@ -57,6 +58,7 @@ _EMBEDDED = ("data_dir", "broker_memory_mb")
 Inherited = Annotated[int, typer.Option(help="A file descriptor from the supervisor.", hidden=True)]
 
 app.add_typer(dead_letters_cli.app, name="dead")
+app.command()(bench)
 
 
 @app.command()
