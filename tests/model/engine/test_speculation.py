@@ -57,7 +57,7 @@ def test_a_full_batch_asks_for_better_guesses() -> None:
     cycle = [1, 2, 3] * 10
     for _ in range(20):
         lookup.observe(len(cycle), 4, 2)  # half of them are right
-    assert lookup.propose(cycle, 8, num_running=4)
+    assert lookup.propose(cycle, 8, num_running=2)
     assert not lookup.propose(cycle, 8, num_running=40)
 
 
