@@ -21,15 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from tokenrelay.model.weights.errors import ModelSourceError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 _STALE_SECONDS = 24 * 3600  # a download folder this old was left by a run that was killed
 _CHUNK_BYTES = 1 << 20
 
@@ -109,7 +106,9 @@ def resolve(model: str, *, cache_dir: Path | None = None, progress: bool = True)
     if path.is_dir():
         return _folder(path)
     if _HUB_ID.fullmatch(model) and path.suffix != ".gguf" and not model.startswith("."):
-        return ModelSource(model, _from_hub(model), "folder")
+        from tokenrelay.model.weights.hub import fetch  # a third of a second, which every start would pay
+
+        return ModelSource(model, fetch(model), "folder")
     raise ModelSourceError(
         f"no model {model!r}: not a file or folder here, not a hub id (organisation/name), "
         f"and not one of the names {', '.join(ALIASES)}"
@@ -147,23 +146,6 @@ def _folder(path: Path) -> ModelSource:
     if not (path / "config.json").is_file():
         raise ModelSourceError(f"{path} has no config.json; name a folder as transformers' save_pretrained writes it")
     return ModelSource(path.resolve().name, path, "folder")
-
-
-def _from_hub(repo_id: str) -> Path:
-    try:
-        folder = Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES))
-    except GatedRepoError as error:
-        raise ModelSourceError(f"{repo_id} has terms to accept: do so on its page, then `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise ModelSourceError(f"the hub has no public model {repo_id}; if it is private, `hf auth login`") from error
-    except OSError as error:  # the hub's own errors are OSErrors too
-        raise ModelSourceError(
-            f"cannot fetch {repo_id} from the hub ({type(error).__name__}: {error}); "
-            "check the connection and HF_HUB_OFFLINE, or name a local folder or GGUF file"
-        ) from error
-    if not (folder / "config.json").is_file():
-        raise ModelSourceError(f"{repo_id} has no config.json: it is not a transformers model")
-    return folder
 
 
 @contextmanager
