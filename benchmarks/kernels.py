@@ -2,6 +2,8 @@
 
 The limits are measured in the same run: read bandwidth by summing a large array, fp32 peak by one large matrix product
 of torch. Shapes are SmolLM2-135M's. Weights are cycled through more memory than the caches hold, as in a real step.
+Weights of few bits multiply as integers, so their share of fp32's peak may be above 100 %. The last lines are whole
+steps of the engine with the real model, and the share of each that is not spent in native calls.
 """
 
 from __future__ import annotations
@@ -11,11 +13,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokenrelay.model.config import EngineConfig
+from tokenrelay.model.engine.engine import Engine
+from tokenrelay.model.engine.request import Request
+from tokenrelay.model.quantized import GROUP, Quantized
+from tokenrelay.model.sampling_params import SamplingParams
 from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kernels import native
-from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear
+from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, QuantizedLinear
 from tokenrelay.model.transformer.kv_cache import LayerCache
 
 LINEARS = {"qkv": (576, 960), "out": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
@@ -23,6 +30,8 @@ ROWS = (1, 4, 6, 16, 32, 64, 512)
 COLD_BYTES = 200e6  # weights touched in one round: well above the last-level cache
 CONTEXTS = ((1, 1, 512), (1, 1, 4096), (16, 1, 512), (64, 1, 512), (1, 512, 512), (1, 512, 2048))
 WINDOW = 512
+MODEL = "smollm2-135m-instruct"
+STEP_ROWS = (1, 16, 64)
 LAYERS = 30
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
 
@@ -58,24 +67,39 @@ def report(
     """One line; the share is of whichever limit is the nearer one."""
     share = max(bytes_read / limits[0], operations / limits[1]) / elapsed
     print(
-        f"{operation:12} {size:26} {elapsed * 1e6:10.1f} us {bytes_read / elapsed / 1e9:8.1f} GB/s"
+        f"{operation:13} {size:26} {elapsed * 1e6:10.1f} us {bytes_read / elapsed / 1e9:8.1f} GB/s"
         f" {operations / elapsed / 1e9:8.1f} Gop/s {share:7.0%}"
     )
 
 
-def benchmark_linears(limits: tuple[float, float]) -> None:
+def benchmark_linears(limits: tuple[float, float], kind: str, make: Callable[[int, int], nn.Module]) -> None:
     for name, (in_features, out_features) in LINEARS.items():
-        weight_bytes = in_features * out_features * 2
-        weight = torch.randn(out_features, in_features, dtype=torch.bfloat16)
-        layers = [PackedLinear(weight) for _ in range(int(COLD_BYTES // weight_bytes) + 1)]
+        weight_bytes = sum(part.nbytes for part in make(in_features, out_features).buffers())
+        layers = [make(in_features, out_features) for _ in range(int(COLD_BYTES // weight_bytes) + 1)]
         for rows in ROWS:
             x = torch.randn(rows, in_features)
             elapsed = seconds(partial(apply_all, layers, x)) / len(layers)
             operations = 2 * rows * in_features * out_features
-            report(name, f"{rows} x {in_features} -> {out_features}", elapsed, weight_bytes, operations, limits)
+            size = f"{rows} x {in_features} -> {out_features}"
+            report(f"{name} {kind}", size, elapsed, weight_bytes, operations, limits)
 
 
-def apply_all(layers: list[PackedLinear], x: Tensor) -> None:
+def in_bf16(in_features: int, out_features: int) -> nn.Module:
+    return PackedLinear(torch.randn(out_features, in_features, dtype=torch.bfloat16))
+
+
+def in_8_bits(in_features: int, out_features: int) -> nn.Module:
+    integers = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8)
+    return QuantizedLinear(Quantized(integers, torch.rand(out_features, in_features // GROUP).half()))
+
+
+def in_4_bits(in_features: int, out_features: int) -> nn.Module:
+    integers = torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8)
+    scales, minima = torch.rand(2, out_features, in_features // GROUP).half()
+    return QuantizedLinear(Quantized(integers, scales, minima))
+
+
+def apply_all(layers: list[nn.Module], x: Tensor) -> None:
     for layer in layers:
         layer(x)
 
@@ -130,17 +154,56 @@ def benchmark_rows(limits: tuple[float, float]) -> None:
             report(name, f"{rows} rows", seconds(call), bytes_read, 0, limits)
 
 
+def benchmark_steps() -> None:
+    """Decode steps of an engine; what is not in native calls is scheduling, preparing and drawing."""
+    engine = Engine.from_model(MODEL, EngineConfig(num_speculative_tokens=0, max_num_batched_tokens=max(STEP_ROWS)))
+    model, native_seconds = engine.runner.model, [0.0]
+    model.run_layers = timed(model.run_layers, native_seconds)  # type: ignore[method-assign]
+    model.lm_head.forward = timed(model.lm_head.forward, native_seconds)  # type: ignore[method-assign]
+    for rows in STEP_ROWS:
+        for i in range(rows):
+            params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+            engine.add(Request(f"{rows}-{i}", [1000 + i, 2000 + i], params))
+        while any(request.num_uncomputed_tokens > 1 for request in engine.scheduler.requests.values()):
+            engine.step()
+        steps = [in_one_step(engine, native_seconds) for _ in range(20)]
+        whole, inside = sorted(steps)[len(steps) // 2]
+        print(f"step         {rows:3} rows {whole * 1e3:8.2f} ms, outside of native calls {1 - inside / whole:6.1%}")
+        for request in list(engine.scheduler.requests):
+            engine.abort(request)
+
+
+def timed(call: Callable[..., Tensor], total: list[float]) -> Callable[..., Tensor]:
+    def wrapped(*arguments: object) -> Tensor:
+        begin = time.perf_counter()
+        result = call(*arguments)
+        total[0] += time.perf_counter() - begin
+        return result
+
+    return wrapped
+
+
+def in_one_step(engine: Engine, native_seconds: list[float]) -> tuple[float, float]:
+    """Its seconds, and those of them in native calls."""
+    native_seconds[0], begin = 0.0, time.perf_counter()
+    engine.step()
+    return time.perf_counter() - begin, native_seconds[0]
+
+
 def main() -> None:
     torch.set_num_threads(native.num_threads())
     limits = read_bandwidth(), peak_operations()
     print(f"instruction set {native.isa()}, {native.num_threads()} threads; {native.why_unavailable()}")
     print(f"limits: read {limits[0] / 1e9:.1f} GB/s, fp32 product {limits[1] / 1e9:.0f} Gop/s")
     with torch.inference_mode():
-        benchmark_linears(limits)
+        benchmark_linears(limits, "bf16", in_bf16)
+        benchmark_linears(limits, "8", in_8_bits)
+        benchmark_linears(limits, "4", in_4_bits)
         benchmark_attention(limits, torch.bfloat16)
         benchmark_attention(limits, torch.bfloat16, WINDOW)
         benchmark_attention(limits, torch.int8)
         benchmark_rows(limits)
+    benchmark_steps()
 
 
 if __name__ == "__main__":

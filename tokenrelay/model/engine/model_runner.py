@@ -33,7 +33,7 @@ class ModelRunner:
         device: torch.device,
         window: Window | None = None,
     ) -> None:
-        self._model = model
+        self.model = model
         self._kv_cache = kv_cache
         self._sampler = sampler
         self._block_size = block_size
@@ -49,7 +49,7 @@ class ModelRunner:
         input_ids = self._tensor(np.concatenate([_token_ids(entry) for entry in batch]))
         positions = [_positions(entry) for entry in batch]
         metadata = self._metadata(batch, positions)
-        hidden = self._model(input_ids, self._tensor(np.concatenate(positions)), self._kv_cache, metadata)
+        hidden = self.model(input_ids, self._tensor(np.concatenate(positions)), self._kv_cache, metadata)
         starts = np.cumsum([0, *(entry.num_rows for entry in batch)])
         return self._with_prompt_logprobs(self._sample(batch, hidden, starts), batch, hidden, starts)
 
@@ -84,7 +84,7 @@ class ModelRunner:
         sampling = [index for index, entry in enumerate(batch) if entry.samples]
         if sampling:
             rows = [np.arange(starts[i + 1] - len(batch[i].draft_token_ids) - 1, starts[i + 1]) for i in sampling]
-            logits = self._model.compute_logits(hidden[self._tensor(np.concatenate(rows))])
+            logits = self.model.compute_logits(hidden[self._tensor(np.concatenate(rows))])
             for index, one in zip(sampling, self._sampler.sample(logits, [batch[i] for i in sampling]), strict=True):
                 sampled[index] = one
         return sampled
@@ -106,7 +106,7 @@ class ModelRunner:
         found: list[TokenLogprobs] = []
         for start in range(0, len(targets), LOGITS_AT_ONCE):
             some = targets[start : start + LOGITS_AT_ONCE]
-            logits = self._model.compute_logits(hidden[start : start + len(some)])
+            logits = self.model.compute_logits(hidden[start : start + len(some)])
             found += token_logprobs(logits, some, request.params.prompt_logprobs or 0)
         return tuple(found)
 
