@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 FEATURES = ("batching", "chunking", "prefix hit", "preemption", "speculation", "n", "resume")
 MODES: dict[str, dict[str, Any]] = {
     "plain": {"num_blocks": 64},
+    "8 bits": {"num_blocks": 64},  # of the weights
     "int8 cache": {"kv_cache_dtype": "int8", "num_blocks": 64},
     "attention sinks": {"attention_sinks": 4, "max_model_len": 48, "num_blocks": 64},
 }
@@ -114,8 +115,13 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
     folder = tmp_path_factory.mktemp("tiny")
     LlamaForCausalLM(config).save_pretrained(folder)
-    engine_config = EngineConfig(**MODES[request.param])
-    return Engine.from_checkpoint(SafetensorsCheckpoint(folder), engine_config, dtype=torch.bfloat16, device=CPU)
+    return Engine.from_checkpoint(
+        SafetensorsCheckpoint(folder),
+        EngineConfig(**MODES[request.param]),
+        dtype=torch.bfloat16,
+        device=CPU,
+        in_8_bits=request.param == "8 bits",
+    )
 
 
 def with_features(loaded: Engine, features: Sequence[str]) -> Engine:
