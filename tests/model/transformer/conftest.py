@@ -1,15 +1,29 @@
-"""The CUDA operations are registered as on a machine with a GPU: fake tensors have that device."""
+"""The CUDA operations are registered as on a machine with a GPU: fake tensors have that device.
+
+``restored_settings``: a test may choose instruction set and threads of the native kernels, and has the same numbers.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tokenrelay.model.transformer import kernels
-from tokenrelay.model.transformer.kernels import cuda
+from tokenrelay.model.transformer.kernels import cuda, native
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _cuda_operations() -> None:
     if not torch.cuda.is_available():
         kernels.register("cuda", cuda)
+
+
+@pytest.fixture
+def restored_settings() -> Iterator[None]:
+    torch.manual_seed(0)
+    isa, threads = native.isa(), native.num_threads()
+    yield
+    native.set_isa(isa)
+    native.set_num_threads(threads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,16 +34,7 @@ DTYPES = [torch.bfloat16, torch.float32]
 CACHE_DTYPES = [*DTYPES, torch.int8]
 
 needs_native = pytest.mark.skipif(not native.is_available(), reason=native.why_unavailable() or "native library")
-pytestmark = needs_native
-
-
-@pytest.fixture(autouse=True)
-def restored_settings() -> Iterator[None]:
-    torch.manual_seed(0)
-    isa, threads = native.isa(), native.num_threads()
-    yield
-    native.set_isa(isa)
-    native.set_num_threads(threads)
+pytestmark = [needs_native, pytest.mark.usefixtures("restored_settings")]
 
 
 def test_without_the_library_the_reference_is_registered(tmp_path: Path) -> None:

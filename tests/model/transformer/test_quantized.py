@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,18 +11,12 @@ from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kernels import native, reference
 from tokenrelay.model.transformer.kernels.packed_linear import QuantizedLinear
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.why_unavailable() or "native library")
+pytestmark = [
+    pytest.mark.skipif(not native.is_available(), reason=native.why_unavailable() or "native library"),
+    pytest.mark.usefixtures("restored_settings"),
+]
 FEATURES = [(32, 1), (64, 33), (576, 130)]
 ROWS = [1, 2, 3, 4, 5, 9, 100]
-
-
-@pytest.fixture(autouse=True)
-def restored_settings() -> Iterator[None]:
-    torch.manual_seed(0)
-    isa, threads = native.isa(), native.num_threads()
-    yield
-    native.set_isa(isa)
-    native.set_num_threads(threads)
 
 
 def weight_of(bits: int, in_features: int, out_features: int) -> Quantized:

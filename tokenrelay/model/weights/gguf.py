@@ -80,8 +80,7 @@ class GGUFCheckpoint:
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor once, in file order; raises CheckpointError naming a tensor that cannot be read."""
         for info, name in self._named():
-            values = _dequantized(info, self._data, self._metadata, dtype)
-            yield name, self._hf_layout(info, name, values).contiguous()
+            yield name, self._converted(info, name, dtype)
 
     def stored(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
         """As ``tensors``, but matrices of a Llama in Q8_0, Q4_0 or Q4_1 come as they are."""
@@ -90,13 +89,15 @@ class GGUFCheckpoint:
             if kind in STORED and len(info.shape) == 2 and self._config.architecture == "llama":
                 yield name, quantized_from(blocks, kind, info.shape).mapped(partial(self._hf_layout, info, name))
             else:
-                values = _dequantized(info, self._data, self._metadata, dtype)
-                yield name, self._hf_layout(info, name, values).contiguous()
+                yield name, self._converted(info, name, dtype)
 
     def _named(self) -> Iterator[tuple[TensorInfo, str]]:
         for info in self._metadata.tensors.values():
             if info.name not in ROPE_TENSORS:
                 yield info, hf_name(info.name, self._metadata)
+
+    def _converted(self, info: TensorInfo, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return self._hf_layout(info, name, _dequantized(info, self._data, self._metadata, dtype)).contiguous()
 
     def _hf_layout(self, info: TensorInfo, name: str, values: torch.Tensor) -> torch.Tensor:
         if self._config.architecture == "gpt2":

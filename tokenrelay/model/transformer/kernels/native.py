@@ -98,10 +98,10 @@ def quantized_linear(
     library.quantized_linear(
         library.QuantizedLinear(
             x.data_ptr(),
-            _address(panels, torch.uint8),
-            _address(scales, torch.float16),
-            None if minima is None else _address(minima, torch.float16),
-            None if bias is None else _address(bias, torch.float32),
+            address(panels, torch.uint8),
+            address(scales, torch.float16),
+            address(minima, torch.float16),
+            address(bias, torch.float32),
             out.data_ptr(),
             scratch.data_ptr(),
             rows,
@@ -159,8 +159,10 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | N
     return _norm(library.layer_norm, x, residual, weight, bias, eps)
 
 
-def _address(x: Tensor, dtype: torch.dtype) -> int:
-    """The address of a tensor that the caller owes us dense and of this dtype."""
+def address(x: Tensor | None, dtype: torch.dtype) -> int | None:
+    """Of a tensor that the caller owes us dense and of this dtype; None for one that is left out."""
+    if x is None:
+        return None
     if x.dtype is not dtype or not x.is_contiguous():
         raise TypeError(f"expected a contiguous {dtype} tensor, got {x.dtype} with strides {x.stride()}")
     return x.data_ptr()
@@ -176,10 +178,10 @@ def describe_cache(
     if not covered:
         return None
     return library.KVCache(
-        _address(k_cache, dtype),
-        _address(v_cache, dtype),
-        None if key_scales is None else _address(key_scales, torch.float32),
-        None if value_scales is None else _address(value_scales, torch.float32),
+        address(k_cache, dtype),
+        address(v_cache, dtype),
+        address(key_scales, torch.float32),
+        address(value_scales, torch.float32),
         num_kv_heads,
         head_dim,
         block_size,
@@ -210,9 +212,9 @@ def rotate_and_cache(
         library.RotateParams(
             cache,
             qkv.data_ptr(),
-            _address(positions, torch.int64),
-            None if cos_sin is None else _address(cos_sin, torch.float32),
-            _address(slot_mapping, torch.int64),
+            address(positions, torch.int64),
+            address(cos_sin, torch.float32),
+            address(slot_mapping, torch.int64),
             q.data_ptr(),
             qkv.shape[0],
             num_heads,
@@ -248,10 +250,10 @@ def paged_attention(
         library.AttentionParams(
             cache,
             q.data_ptr(),
-            None if q_sink is None else _address(q_sink, torch.float32),
-            _address(block_tables, torch.int32),
-            _address(query_start_loc, torch.int32),
-            _address(seq_lens, torch.int32),
+            address(q_sink, torch.float32),
+            address(block_tables, torch.int32),
+            address(query_start_loc, torch.int32),
+            address(seq_lens, torch.int32),
             out.data_ptr(),
             *block_tables.shape,
             num_heads,

@@ -55,21 +55,17 @@ class NativeLayers:
         scratch = x.new_empty(rows * self._scratch, dtype=torch.uint8)
         sinks = metadata.sink_positions
         nowhere = None if sinks is None else torch.full_like(metadata.slot_mapping, -1)
+        tables = metadata.block_tables, metadata.query_start_loc, metadata.seq_lens
         library.forward(
             library.Forward(
                 self._layers,
                 self._final_norm,
-                *(tensor.data_ptr() for tensor in (x.contiguous(), residual, normed, wide, narrow, q[0])),
+                *(native.address(tensor, torch.float32) for tensor in (x, residual, normed, wide, narrow, q[0])),
                 None if sinks is None else q[1].data_ptr(),
                 scratch.data_ptr(),
-                None if rotary is None else rotary.data_ptr(),
-                positions.data_ptr(),
-                None if sinks is None else sinks.data_ptr(),
-                metadata.slot_mapping.data_ptr(),
-                None if nowhere is None else nowhere.data_ptr(),
-                metadata.block_tables.data_ptr(),
-                metadata.query_start_loc.data_ptr(),
-                metadata.seq_lens.data_ptr(),
+                native.address(rotary, torch.float32),
+                *(native.address(tensor, torch.int64) for tensor in (positions, sinks, metadata.slot_mapping, nowhere)),
+                *(native.address(tensor, torch.int32) for tensor in tables),
                 config.num_layers,
                 rows,
                 config.hidden_size,
@@ -106,15 +102,14 @@ def _layer(module: nn.Module) -> library.Layer:
 
 
 def _norm(module: nn.Module) -> library.Norm:
-    bias = getattr(module, "bias", None)
-    return library.Norm(module.weight.data_ptr(), None if bias is None else bias.data_ptr())  # type: ignore[operator]
+    return library.Norm(*(native.address(getattr(module, name, None), torch.float32) for name in ("weight", "bias")))
 
 
 def _matrix(linear: nn.Module) -> library.Matrix:
     assert isinstance(linear, PackedLinear | QuantizedLinear)
-    bias = None if linear.bias is None else linear.bias.data_ptr()
+    bias = native.address(linear.bias, torch.float32)
     sizes = linear.in_features, linear.out_features
     if isinstance(linear, PackedLinear):
         return library.Matrix(linear.weight.data_ptr(), None, None, bias, *sizes, 8 * linear.weight.itemsize)
-    minima = None if linear.minima is None else linear.minima.data_ptr()
+    minima = native.address(linear.minima, torch.float16)
     return library.Matrix(linear.panels.data_ptr(), linear.scales.data_ptr(), minima, bias, *sizes, 4 if minima else 8)
