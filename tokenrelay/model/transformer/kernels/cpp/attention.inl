@@ -20,6 +20,7 @@ template <class W> struct AttentionTile {
     float q[TILE * MAX_HEAD_DIM];
     float acc[TILE * MAX_HEAD_DIM];
     float scores[TILE * CHUNK];
+    float wide_keys[MAX_HEAD_DIM * CHUNK], wide_values[CHUNK * MAX_HEAD_DIM];  // of one chunk, as float
     f32x16 total[TILE];
     float highest[TILE];
     size_t first[TILE], end[TILE];  // the keys that a vector sees in this pass; neither falls from vector to vector
@@ -46,14 +47,29 @@ template <class W> struct AttentionTile {
         for (size_t i = 0; i < 16 * padded * sizeof(W); i += 64) __builtin_prefetch(v + i, 0, 2);
     }
 
+    // Many vectors read the same chunk: what is narrow becomes float once, not once per group of rows.
+    void widen_chunk(size_t start, size_t from, size_t to) {
+        for (size_t key = from / 16 * 16; key < to; key += 16) {
+            const W *k = keys(start + key), *v = values(start + key);
+            for (size_t d = 0; d < dim; d++) store(wide_keys + d * CHUNK + key, load(k + d * block_size));
+            for (size_t i = 0; i < 16 * padded; i += 16) store(wide_values + key * padded + i, load(v + i));
+        }
+    }
+
     // scores[row][key] = sum over d ascending of q[row][d] * K[d][key], times the key's scale if it has one.
-    template <int R, int P> TR_INLINE void score_blocks(size_t row, size_t start, size_t key) {
+    template <int R, int P, bool WIDE> TR_INLINE void score_blocks(size_t row, size_t start, size_t key) {
         f32x16 s[R][P];
-        const W* k[P];
-        for (int p = 0; p < P; p++) k[p] = keys(start + key + p * 16);
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++) s[r][p] = broadcast(0.0f);
-        multiply<R, P>(s, q + row * dim, dim, k, block_size, dim);
+        if constexpr (WIDE) {
+            const float* k[P];
+            for (int p = 0; p < P; p++) k[p] = wide_keys + key + p * 16;
+            multiply<R, P>(s, q + row * dim, dim, k, CHUNK, dim);
+        } else {
+            const W* k[P];
+            for (int p = 0; p < P; p++) k[p] = keys(start + key + p * 16);
+            multiply<R, P>(s, q + row * dim, dim, k, block_size, dim);
+        }
         for (int p = 0; p < P; p++) {
             if constexpr (QUANTIZED) {
                 f32x16 scale = load(a.cache.key_scales + slot(start + key + p * 16));
@@ -64,11 +80,11 @@ template <class W> struct AttentionTile {
     }
 
     // The scores of keys [from, to) of a chunk, in blocks of 16; what a row does not see gets -inf.
-    template <int R> void score(size_t row, size_t start, size_t from, size_t to) {
+    template <int R, bool WIDE> void score(size_t row, size_t start, size_t from, size_t to) {
         constexpr int P = panels_for(R) > 2 ? 2 : panels_for(R);
         size_t key = from / 16 * 16;
-        for (; key + (P - 1) * 16 < to; key += P * 16) score_blocks<R, P>(row, start, key);
-        for (; key < to; key += 16) score_blocks<R, 1>(row, start, key);
+        for (; key + (P - 1) * 16 < to; key += P * 16) score_blocks<R, P, WIDE>(row, start, key);
+        for (; key < to; key += 16) score_blocks<R, 1, WIDE>(row, start, key);
         for (size_t r = row; r < row + R; r++) {
             float* s = scores + r * CHUNK;
             const size_t hidden = first[r] > start ? least(first[r] - start, CHUNK) : 0;
@@ -107,45 +123,61 @@ template <class W> struct AttentionTile {
     }
 
     // acc[row][d] += weight[row][key] * V[key][d], key ascending.
-    template <int R, int P> TR_INLINE void weigh_columns(size_t row, size_t start, size_t from, size_t to, size_t d) {
+    template <int R, int P, bool WIDE>
+    TR_INLINE void weigh_columns(size_t row, size_t start, size_t from, size_t to, size_t d) {
         f32x16 sums[R][P];
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++) sums[r][p] = load(acc + (row + r) * padded + d + p * 16);
-        size_t skipped = from % 16;
-        for (size_t key = from - skipped; key < to; key += 16, skipped = 0) {
-            const W* v[P];
-            for (int p = 0; p < P; p++) v[p] = values(start + key) + skipped * padded + d + p * 16;
-            const float* weights = scores + row * CHUNK + key + skipped;
-            multiply<R, P>(sums, weights, CHUNK, v, padded, least(to - key, size_t(16)) - skipped);
+        if constexpr (WIDE) {
+            const float* v[P];
+            for (int p = 0; p < P; p++) v[p] = wide_values + from * padded + d + p * 16;
+            multiply<R, P>(sums, scores + row * CHUNK + from, CHUNK, v, padded, to - from);
+        } else {
+            size_t skipped = from % 16;
+            for (size_t key = from - skipped; key < to; key += 16, skipped = 0) {
+                const W* v[P];
+                for (int p = 0; p < P; p++) v[p] = values(start + key) + skipped * padded + d + p * 16;
+                const float* weights = scores + row * CHUNK + key + skipped;
+                multiply<R, P>(sums, weights, CHUNK, v, padded, least(to - key, size_t(16)) - skipped);
+            }
         }
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++) store(acc + (row + r) * padded + d + p * 16, sums[r][p]);
     }
 
-    template <int R> void weigh(size_t row, size_t start, size_t from, size_t to) {
+    template <int R, bool WIDE> void weigh(size_t row, size_t start, size_t from, size_t to) {
         constexpr int P = panels_for(R);
         if constexpr (QUANTIZED) scale_weights<R>(row, start, from, to);
         size_t d = 0;
-        for (; d + P * 16 <= padded; d += P * 16) weigh_columns<R, P>(row, start, from, to, d);
-        for (; d < padded; d += 16) weigh_columns<R, 1>(row, start, from, to, d);
+        for (; d + P * 16 <= padded; d += P * 16) weigh_columns<R, P, WIDE>(row, start, from, to, d);
+        for (; d < padded; d += 16) weigh_columns<R, 1, WIDE>(row, start, from, to, d);
+    }
+
+    // The rows' share of one chunk.
+    template <int R, bool WIDE> void attend_chunk(size_t row, size_t start) {
+        if (end[row + R - 1] <= start || first[row] >= start + CHUNK) return;
+        const size_t from = first[row] > start ? first[row] - start : 0;
+        const size_t to = least(end[row + R - 1] - start, CHUNK);
+        score<R, WIDE>(row, start, from, to);
+        for (int r = 0; r < R; r++) soften(row + r);
+        weigh<R, WIDE>(row, start, from, to);
     }
 
     // One pass over the keys that the vectors see, chunk by chunk.
-    void attend(size_t count) {
+    template <bool WIDE> void attend(size_t count) {
         const size_t most = end[count - 1];
-        for (size_t start = first[0] / CHUNK * CHUNK; start < most; start += CHUNK)
+        for (size_t start = first[0] / CHUNK * CHUNK; start < most; start += CHUNK) {
+            for (size_t next = start + CHUNK; next < least(start + 2 * CHUNK, most); next += 16) prefetch_block(next);
+            if (WIDE) widen_chunk(start, 0, least(most - start, CHUNK));
             for_row_groups(0, count, [&](size_t row, auto rows) {
-                constexpr int R = decltype(rows)::value;
-                if (end[row + R - 1] <= start || first[row] >= start + CHUNK) return;
-                const size_t from = first[row] > start ? first[row] - start : 0;
-                const size_t to = least(end[row + R - 1] - start, CHUNK);
-                if (row == 0)
-                    for (size_t next = start + CHUNK; next < least(start + 2 * CHUNK, most); next += 16)
-                        prefetch_block(next);
-                score<R>(row, start, from, to);
-                for (int r = 0; r < R; r++) soften(row + r);
-                weigh<R>(row, start, from, to);
+                attend_chunk<decltype(rows)::value, WIDE>(row, start);
             });
+        }
+    }
+
+    void attend(size_t count) {
+        if (count > MAX_ROWS) attend<true>(count);
+        else attend<false>(count);
     }
 
     void run(size_t request, size_t vector, size_t count) {
