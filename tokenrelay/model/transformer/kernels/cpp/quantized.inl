@@ -60,6 +60,24 @@ TR_INLINE __m256i four(const int8_t* x) {
     return _mm256_set1_epi32(all);
 }
 
+// 8 bits less 128, << 8: sizes times activations with the weight's sign; these must not be -128. Two products fit into 16.
+template <int R>
+TR_INLINE void add_signed_products(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+    const __m256i middle = _mm256_set1_epi8(-128), unit = _mm256_set1_epi16(256);
+    for (size_t k = 0; k < GROUP; k += 4, w += 64) {
+        __m256i left = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)w), middle);
+        __m256i right = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)w + 1), middle);
+        __m256i left_size = _mm256_abs_epi8(left), right_size = _mm256_abs_epi8(right);
+        for (int r = 0; r < R; r++) {
+            __m256i value = four(x + r * x_stride + k);
+            __m256i a = _mm256_maddubs_epi16(left_size, _mm256_sign_epi8(value, left));
+            __m256i b = _mm256_maddubs_epi16(right_size, _mm256_sign_epi8(value, right));
+            sums[r].lo = _mm256_add_epi32(sums[r].lo, _mm256_madd_epi16(a, unit));
+            sums[r].hi = _mm256_add_epi32(sums[r].hi, _mm256_madd_epi16(b, unit));
+        }
+    }
+}
+
 template <int BITS, int SHIFT, int R>
 TR_INLINE void add_products(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
     const __m256i half = _mm256_set1_epi8(15);
@@ -115,6 +133,22 @@ TR_INLINE void add_products(const uint8_t* w, const int8_t* x, size_t x_stride, 
 
 #endif
 
+// The main part of a tile: high halves of the activations.
+#if defined(TR_AVX2)
+constexpr bool SIGNED_WEIGHTS = true;  // of 8 bits
+template <int BITS, int R>
+TR_INLINE void add_high(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+    if constexpr (BITS == 8) add_signed_products(w, x, x_stride, sums);
+    else add_products<BITS, 8>(w, x, x_stride, sums);
+}
+#else
+constexpr bool SIGNED_WEIGHTS = false;
+template <int BITS, int R>
+TR_INLINE void add_high(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+    add_products<BITS, 8>(w, x, x_stride, sums);
+}
+#endif
+
 template <int R> struct Sums { i32x16 of[R]; };
 
 // Out of line and by value: it is rare, and the registers belong to the common case.
@@ -129,7 +163,7 @@ struct Quantized {
     size_t groups;
     float* scales;      // [T, groups], of the integers 256 high + low
     float* totals;      // [T, groups]: scale times the sum of the integers
-    int32_t* sums;      // [T, groups]: of the integers, times 128
+    int32_t* sums;      // [T, groups]: what 8-bit weights, being stored with 128 added, make too much
     int8_t* high;       // [T, K]
     int8_t* low;        // [T, K], zero outside of outliers
     uint8_t* outliers;  // [T, groups]: 1 where there are low halves
@@ -143,18 +177,19 @@ struct Quantized {
     template <bool IS_OUTLIER> void quantize_group(const float* from, size_t group, float highest) const {
         const float factor = highest > TINY ? (IS_OUTLIER ? BOTH : HIGH) / highest : 0.0f;
         int8_t *to_high = high + group * GROUP, *to_low = low + group * GROUP;
-        int32_t sum = 0;
+        int32_t sum = 0, low_sum = 0;
         for (size_t i = 0; i < GROUP; i++) {
             int32_t integer = int32_t(bits_of(from[i] * factor + EXP_MAGIC) - bits_of(EXP_MAGIC));
             int32_t upper = IS_OUTLIER ? (integer + 128) >> 8 : integer;
             to_high[i] = int8_t(upper);
             to_low[i] = IS_OUTLIER ? int8_t(integer - upper * 256) : 0;
             sum += integer;
+            low_sum += to_low[i];
         }
         if (!IS_OUTLIER) sum *= 256;
         scales[group] = highest > TINY ? highest / BOTH : 0.0f;
         totals[group] = scales[group] * float(sum);
-        sums[group] = 128 * sum;
+        sums[group] = 128 * (SIGNED_WEIGHTS ? low_sum : sum);
         outliers[group] = IS_OUTLIER;
     }
 
@@ -195,11 +230,11 @@ struct Quantized {
             Sums<R> products;
             uint8_t has_low = 0;
             for (int r = 0; r < R; r++) products.of[r] = no_sum(), has_low |= outliers[group + r * groups];
-            add_products<BITS, 8>(w, high + at, a.in_features, products.of);
+            add_high<BITS>(w, high + at, a.in_features, products.of);
             if (__builtin_expect(has_low, 0)) products = with_low<BITS>(products, w, low + at, a.in_features);
             f32x16 scale = load_f16(w_scale + g * 16);
             for (int r = 0; r < R; r++) {
-                if constexpr (BITS == 8) products.of[r] = minus(products.of[r], sums[group + r * groups]);
+                if (BITS == 8 && (!SIGNED_WEIGHTS || has_low)) products.of[r] = minus(products.of[r], sums[group + r * groups]);
                 acc[r] = fma(to_float(products.of[r]), mul(broadcast(scales[group + r * groups]), scale), acc[r]);
             }
             if (!minimum) continue;
@@ -216,11 +251,12 @@ struct Quantized {
     template <int BITS> void multiply_all() const {
         const size_t panel_count = (a.out_features + 15) / 16, row_blocks = (a.rows + ROW_BLOCK - 1) / ROW_BLOCK;
         const size_t panel_groups = (panel_count + PANEL_GROUP - 1) / PANEL_GROUP;
+        constexpr int ROWS = BITS == 8 && SIGNED_WEIGHTS ? 4 : QUANTIZED_ROWS;
         parallel_for(panel_groups * row_blocks, [&](size_t task) {
             size_t first = task / row_blocks * PANEL_GROUP, last = least(first + PANEL_GROUP, panel_count);
             size_t row_begin = task % row_blocks * ROW_BLOCK, row_end = least(row_begin + ROW_BLOCK, size_t(a.rows));
             for (size_t panel = first; panel < last; panel++)
-                for_row_groups<QUANTIZED_ROWS>(row_begin, row_end, [&](size_t row, auto count) {
+                for_row_groups<ROWS>(row_begin, row_end, [&](size_t row, auto count) {
                     tile<BITS, decltype(count)::value>(row, panel);
                 });
         });
