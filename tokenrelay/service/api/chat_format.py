@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenrelay.model.tokenizer import Tokenizer
@@ -15,16 +16,17 @@ from tokenrelay.service.api.schemas.chat import (
     ChunkChoice,
     Delta,
 )
+from tokenrelay.service.api.sse import ServerSentEvents
 from tokenrelay.service.terms import AnswerSpec
 
 
-class ChatFormat:
-    """Of one chat completion. ``answer_id`` is ``chatcmpl-…``."""
+class ChatFormat(ServerSentEvents):
+    """Of one chat completion, which has one prompt. ``answer_id`` is ``chatcmpl-…``."""
 
-    def __init__(self, spec: AnswerSpec, tokenizer: Tokenizer, answer_id: str) -> None:
+    def __init__(self, specs: Sequence[AnswerSpec], tokenizer: Tokenizer, answer_id: str) -> None:
         self._id = answer_id
-        self._spec = spec
-        self._logprobs = LogprobsFormat(spec, tokenizer)
+        self._spec = specs[0]
+        self._logprobs = LogprobsFormat(self._spec, tokenizer)
 
     def opening(self, first: Step) -> list[ChatCompletionChunk]:
         roles = [self._delta(i, Delta(role="assistant", content="")) for i in range(self._spec.n)]
@@ -44,8 +46,8 @@ class ChatFormat:
     def pass_over(self, step: Step) -> None:
         """Chunks do not depend on those before them."""
 
-    def interim(self, **fields: Any) -> ChatCompletionChunk:
-        return self._chunk(self._delta(0, Delta()), **fields)
+    def interim(self, name: str | None, **fields: Any) -> bytes:
+        return self.unplaced(self._chunk(self._delta(0, Delta()), **fields), name)
 
     def answer(self, finished: Finished) -> ChatCompletion:
         return ChatCompletion(
