@@ -45,6 +45,8 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_token_ids: list[int] = []
     prompt_tail: list[int] = []
     on_disconnect: Literal["cancel", "continue"] = "cancel"
+    tool_format: str = ""  # how calls of tools stand in the text …
+    reasoning_format: str = ""  # … and reasoning; "": nothing in it is meant so
     extra: dict[str, Any] = {}
     version: int = msgspec.field(default_factory=lambda: VERSION)  # a factory, or it would be left out when encoded
 
@@ -53,7 +55,13 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Whether chunks depend on those before them, so that reading on means rendering from the beginning."""
         tells_of_prompt = self.num_prompt_logprobs is not None or self.echo is not None or self.return_token_ids
         has_offsets = self.route == "completion" and self.num_logprobs is not None
-        return self.num_prompts > 1 or tells_of_prompt or has_offsets or self.route in _NUMBERING
+        needs_text = self.parses_text or self.route in _NUMBERING
+        return self.num_prompts > 1 or tells_of_prompt or has_offsets or needs_text
+
+    @property
+    def parses_text(self) -> bool:
+        """Whether the text is more than an answer."""
+        return bool(self.tool_format or self.reasoning_format)
 
     @property
     def asks_for_interim(self) -> bool:
