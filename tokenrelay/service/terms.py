@@ -12,6 +12,7 @@ import msgspec
 
 from tokenrelay.service.lua import packed
 from tokenrelay.service.messages import VERSION, MessageError, encode
+from tokenrelay.service.tenants import NO_LIMITS, Limits
 
 Route = Literal["chat", "completion", "responses", "messages", "ollama_chat", "ollama_generate"]
 _NUMBERING = ("responses", "messages")  # routes whose events count those before them
@@ -72,18 +73,24 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Terms(NamedTuple):
     """What is submitted together with a request. ``timeout`` is in seconds; 0: none.
 
-    ``fingerprint`` identifies the body that an idempotency key stands for.
+    ``fingerprint`` identifies the body that an idempotency key stands for. ``limits`` are the tenant's.
     """
 
     answer: AnswerSpec | None = None
     timeout: float = 0.0
     idempotency_key: str = ""
     fingerprint: str = ""
+    limits: Limits = NO_LIMITS
 
     @property
     def encoded(self) -> bytes:
         answer = encode(self.answer) if self.answer else b""
-        return encode([packed(answer), round(self.timeout * 1000), self.fingerprint])
+        limits = (
+            self.limits.requests_per_minute,
+            self.limits.tokens_per_minute,
+            self.limits.concurrent_requests,
+        )
+        return encode([packed(answer), round(self.timeout * 1000), self.fingerprint, limits])
 
 
 NO_TERMS = Terms()

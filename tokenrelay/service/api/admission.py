@@ -9,6 +9,7 @@ from typing import Any
 from tokenrelay.model.chat_template import ChatTemplateError
 from tokenrelay.model.sampling_params import SamplingParams, SamplingParamsError
 from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.service.api.entitlement import most_tokens
 from tokenrelay.service.api.event_loop import off_loop_if_large
 from tokenrelay.service.api.sampling import require_known, require_plain_beams, sampling, text_size
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest, ChatMessage
@@ -66,6 +67,7 @@ class Admission:
         """One per prompt. ``param`` is where the prompts come from, ``default`` their ``max_tokens``."""
         prompts = [prompt[-(body.truncate_prompt_tokens or 0) :] for prompt in prompts]
         _require_tellable(body, sum(map(len, prompts)))
+        default = min(default, most_tokens(body, prompts, param, self._tenant.limits))
         tokenizer = self._model.tokenizer
         shape = await off_loop_if_large(text_size(body), LARGE_TEXT, lambda: sampling(body, tokenizer))
         shape["grammar"] = await self._grammars.grammar_of(body)

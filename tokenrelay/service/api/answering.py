@@ -86,7 +86,7 @@ def _headers(api: ApiProcess, choices: Choices) -> dict[str, str]:
     headers = {"X-Response-Id": answer_id(choices.answers[0], choices.relay_id)}
     if api.settings.attention_sinks:
         headers["X-Attention-Sinks"] = str(api.settings.attention_sinks)
-    return headers
+    return headers | (choices.allowance.headers if choices.allowance else {})
 
 
 def _json(answered: BaseModel) -> str:

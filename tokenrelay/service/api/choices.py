@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 from msgspec.structs import replace as replace_fields
 
 from tokenrelay.model.sampling_params import TokenLogprobs
+from tokenrelay.service.allowance import Allowance
 from tokenrelay.service.api.cursor import Cursor
 from tokenrelay.service.api.generation import Generation, Generations
 from tokenrelay.service.api.schemas.usage import CompletionUsage, PromptTokensDetails
@@ -120,6 +121,11 @@ class Choices:
     @property
     def joined(self) -> bool:
         return self._running[0].account is None
+
+    @property
+    def allowance(self) -> Allowance | None:
+        """What is left of the tenant's limits, if this HTTP request was charged to them."""
+        return self._running[-1].allowance
 
     async def close(self, *, may_return: bool = False) -> None:
         for generation in self._running:

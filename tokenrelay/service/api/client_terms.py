@@ -35,7 +35,11 @@ def terms_of(
     first, *others = answer_specs(body, wording, submissions, tokenizer)
     timeout, key = _timeout(request, body) or default_timeout, _idempotency_key(request)
     fingerprint = _fingerprint(request, body, wording) if key else ""
-    return [Terms(first, timeout, key, fingerprint), *(Terms(spec, timeout) for spec in others)]
+    limits = request.state.tenant.limits
+    return [
+        Terms(first, timeout, key, fingerprint, limits),
+        *(Terms(spec, timeout, limits=limits) for spec in others),
+    ]
 
 
 def _timeout(request: Request, body: GenerationRequest) -> float | None:

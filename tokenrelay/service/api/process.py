@@ -27,6 +27,7 @@ from tokenrelay.service.registry import Registry
 from tokenrelay.service.request_records import RequestRecords
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import TokenLog
+from tokenrelay.service.usage import UsageLedger
 
 FAREWELL_SECONDS = 3.0  # at exit, for cancellations that are still on their way
 
@@ -42,6 +43,7 @@ class ApiProcess:
     queue: Queue
     generations: Generations
     records: RequestRecords
+    usage: UsageLedger
     token_log: TokenLog
     readiness: Readiness
     watch: QueueWatch
@@ -73,6 +75,7 @@ async def running(
         queue=queue,
         generations=Generations(queue, mailbox, records, metrics, settings.disconnect_grace_seconds),
         records=records,
+        usage=UsageLedger(redis, keys),
         token_log=token_log,
         readiness=Readiness(Registry(redis, keys, settings)),
         watch=QueueWatch(queue.load),

@@ -12,4 +12,4 @@ async def require_room(request: Request) -> None:
     """Raises QueueFull or RateLimited. A request that may stand for an accepted one has to be looked at in full."""
     api: ApiProcess = request.app.state.api
     if IDEMPOTENCY_KEY not in request.headers:
-        await api.queue.load.require_room(request.state.tenant.name)
+        await api.queue.load.require_room(request.state.tenant)
