@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenrelay.model.tokenizer import Tokenizer
@@ -17,15 +18,16 @@ from tokenrelay.service.api.schemas.chat import (
     ChunkChoice,
     MessageDelta,
 )
+from tokenrelay.service.api.sse import ServerSentEvents
 from tokenrelay.service.terms import AnswerSpec
 
 
-class ChatFormat:
-    """Of one chat completion. ``answer_id`` is ``chatcmpl-…``."""
+class ChatFormat(ServerSentEvents):
+    """Of one chat completion, which has one prompt. ``answer_id`` is ``chatcmpl-…``."""
 
-    def __init__(self, spec: AnswerSpec, tokenizer: Tokenizer, answer_id: str) -> None:
+    def __init__(self, specs: Sequence[AnswerSpec], tokenizer: Tokenizer, answer_id: str) -> None:
         self._id = answer_id
-        self._spec = spec
+        self._spec = spec = specs[0]
         self._logprobs = LogprobsFormat(spec, tokenizer)
         relay_id = answer_id.rpartition("-")[2]
         self._parsers = [AssistantParser(spec, relay_id, choice) for choice in range(spec.num_generated)]
@@ -51,8 +53,8 @@ class ChatFormat:
         """What the text means depends on all of it."""
         self._deltas(step.output)
 
-    def interim(self, **fields: Any) -> ChatCompletionChunk:
-        return self._chunk(self._delta(0, MessageDelta()), **fields)
+    def interim(self, name: str | None, **fields: Any) -> bytes:
+        return self.unplaced(self._chunk(self._delta(0, MessageDelta()), **fields), name)
 
     def answer(self, finished: Finished) -> ChatCompletion:
         return ChatCompletion(
