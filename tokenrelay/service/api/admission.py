@@ -40,11 +40,21 @@ class Admission:
     def of(self, tenant: Tenant) -> Admission:
         return Admission(self._model, self._max_n, self._grammars, tenant)
 
-    async def chat(self, body: ChatCompletionRequest, request_id: str) -> list[Submission]:
+    async def chat(self, body: ChatCompletionRequest, request_id: str, *, fit: bool = False) -> list[Submission]:
+        """``fit``: more tokens than there is room for are as many as there is room for."""
+        prompt = await self.chat_prompt(body)
+        if fit and body.max_tokens:
+            body = body.model_copy(update={"max_tokens": self._fitting(body.max_tokens, len(prompt))})
+        return await self._submissions(body, request_id, [prompt], "messages", self._model.context)
+
+    async def chat_prompt(self, body: ChatCompletionRequest) -> list[int]:
+        """What the model reads of it."""
         self._require_servable(body)
         size = sum(len(message.text) for message in body.messages) + 64 * len(body.messages)
-        prompt = await off_loop_if_large(size, LARGE_TEXT, lambda: _encode_chat(self._model.tokenizer, body.messages))
-        return await self._submissions(body, request_id, [prompt], "messages", self._model.context)
+        return await off_loop_if_large(size, LARGE_TEXT, lambda: _encode_chat(self._model.tokenizer, body.messages))
+
+    def _fitting(self, max_tokens: int, num_prompt: int) -> int:
+        return max(1, min(max_tokens, self._model.max_model_len - num_prompt))
 
     async def completion(self, body: CompletionRequest, request_id: str) -> list[Submission]:
         self._require_servable(body)
