@@ -46,7 +46,7 @@ _QUEUE = (
 _HTTP = (
     *("host", "port", *_QUEUE, "max_body_bytes", "max_n", "keep_alive_seconds"),
     *("request_timeout_seconds", "disconnect_grace_seconds"),
-    *("api_keys_file", "metrics_need_key", "metrics_tenants", "cors_origins"),
+    *("api_keys_file", "metrics_need_key", "metrics_tenants", "cors_origins", "log_prompts"),
 )
 _ENGINE = (
     *("worker_metrics_port", "device", "dtype", "num_threads", "kv_cache_mb", "kv_cache_dtype"),

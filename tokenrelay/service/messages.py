@@ -12,6 +12,7 @@ from tokenrelay.model.sampling_params import SamplingParams, TokenLogprobs
 from tokenrelay.service.tenants import DEFAULT_TENANT
 
 VERSION = 1
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError)  # what decoders raise: text that is no UTF-8 is an error apart
 
 
 class MessageError(ValueError):
@@ -155,7 +156,7 @@ def decode_event(payload: bytes) -> Event:
     """Raises MessageError when the payload is malformed."""
     try:
         return _event.decode(payload)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise MessageError(f"not an event: {error}") from error
 
 
@@ -163,7 +164,7 @@ def decode_deliveries(payload: bytes) -> list[Delivery]:
     """Raises MessageError when the payload is malformed."""
     try:
         return _deliveries.decode(payload)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise MessageError(f"not a mailbox entry: {error}") from error
 
 
@@ -171,5 +172,5 @@ def decode_facts(payload: bytes) -> WorkerFacts:
     """Raises MessageError when the payload is malformed."""
     try:
         return _facts.decode(payload)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise MessageError(f"not a worker's announcement: {error}") from error

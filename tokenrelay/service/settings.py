@@ -134,6 +134,7 @@ class Settings(BaseSettings):
     max_n: int = Field(16, ge=1, description="Largest n, and most prompts in one completion request.")
     keep_alive_seconds: float = Field(15.0, gt=0, description="A silent stream sends an SSE comment this often.")
 
+    log_prompts: bool = Field(False, description="Log every prompt, as the model sees it; else none ever is.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe line logged: debug, info, warning or error."
     )

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from tokenrelay.service.lua import packed
-from tokenrelay.service.messages import VERSION, MessageError, encode
+from tokenrelay.service.messages import UNREADABLE, VERSION, MessageError, encode
 from tokenrelay.service.tenants import NO_LIMITS, Limits
 
 Route = Literal["chat", "completion", "responses", "messages", "ollama_chat", "ollama_generate"]
@@ -108,7 +108,7 @@ def decode_answer_spec(payload: bytes) -> AnswerSpec:
     """Raises MessageError when the payload is malformed or of an unknown version."""
     try:
         spec = _decoder.decode(payload)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise MessageError(f"not an answer's description: {error}") from error
     if spec.version != VERSION:
         raise MessageError(f"an answer's description of version {spec.version}, this process speaks {VERSION}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import structlog
 from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -23,6 +24,8 @@ from tokenrelay.service.api.interim import InterimFormat, interim_frames
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.messages import Submission
 from tokenrelay.service.terms import AnswerSpec, Route
+
+log = structlog.get_logger()
 
 
 class AnswerFormat(StreamFormat, InterimFormat, Protocol):
@@ -48,6 +51,9 @@ async def answer(request: Request, body: Body, submissions: Sequence[Submission]
     api: ApiProcess = request.app.state.api
     terms = terms_of(request, body, wording, submissions, api.model.tokenizer, api.settings.request_timeout_seconds)
     choices = await Choices.start(api.generations, submissions, terms)
+    if api.settings.log_prompts:
+        prompts = [api.model.tokenizer.decode(submission.prompt_token_ids) for submission in submissions]
+        log.info("prompt", request=choices.relay_id, tenant=submissions[0].tenant, prompts=prompts)
     response = stream(api, choices) if body.stream else await _whole(request, api, choices)
     if choices.joined:
         response.headers["Idempotent-Replayed"] = "true"  # Stripe's name
