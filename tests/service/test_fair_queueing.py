@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from redis.asyncio import Redis
 
 from tests.service.relay import claim_ids, submit
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.queue import Queue
+from tokenrelay.service.tenants import MAX_WEIGHT, MIN_WEIGHT
 
 
 async def test_lower_priority_values_come_first(queue: Queue) -> None:
@@ -47,3 +49,21 @@ async def test_tenants_without_debt_leave_no_entry(queue: Queue, redis: Redis, k
     await queue.claim("worker", 100)
     assert await redis.zcard(keys.fair) <= 2
     assert await redis.zscore(keys.fair, "tenant:last")
+
+
+async def test_weights_are_shares(queue: Queue) -> None:
+    """Of any beginning of the queue, not only of all of it."""
+    await submit(queue, *(f"light-{i}" for i in range(30)), tenant="light")
+    await submit(queue, *(f"heavy-{i}" for i in range(30)), tenant="heavy", weight=3.0)
+    order = [name.partition("-")[0] for name in await claim_ids(queue, limit=40)]
+    for length in (8, 20, 40):
+        assert order[:length].count("heavy") == pytest.approx(length * 3 / 4, abs=1)
+
+
+@pytest.mark.parametrize("weight", [MIN_WEIGHT, MAX_WEIGHT])
+async def test_the_order_has_room_for_every_weight(queue: Queue, weight: float) -> None:
+    """Also a large request of the least weight stays in its class, and a small one of the greatest counts."""
+    await submit(queue, "large", tenant="large", weight=weight, max_tokens=2**23)
+    await submit(queue, "small-0", "small-1", tenant="small", weight=weight, max_tokens=1)
+    await submit(queue, "later", tenant="other", priority=1)
+    assert await claim_ids(queue) == ["small-0", "small-1", "large", "later"]

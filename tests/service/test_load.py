@@ -34,6 +34,7 @@ from tokenrelay.service.load import AtWork, Load, Place
 from tokenrelay.service.messages import encode
 from tokenrelay.service.queue import Queue
 from tokenrelay.service.settings import Settings
+from tokenrelay.service.tenants import DEFAULT_TENANT
 from tokenrelay.service.terms import Terms
 from tokenrelay.service.token_log import Progress, TokenLog
 
@@ -122,13 +123,13 @@ class TestLimits:
     ) -> None:
         queue = Queue(redis, keys, Settings(max_waiting=1))
         await submit(queue, "a")
-        await queue.load.require_room("default")  # not asked yet: nothing was refused
+        await queue.load.require_room(DEFAULT_TENANT)  # not asked yet: nothing was refused
         with pytest.raises(QueueFull):
             await submit(queue, "b")
         with pytest.raises(QueueFull):
-            await queue.load.require_room("default")
+            await queue.load.require_room(DEFAULT_TENANT)
         await work_off(queue, token_log, 1)
-        await queue.load.require_room("default")
+        await queue.load.require_room(DEFAULT_TENANT)
 
 
 class TestRetryAfter:

@@ -41,7 +41,7 @@ class TestSubmit:
     async def test_an_idempotency_key_finds_the_earlier_request_of_its_tenant(self, queue: Queue) -> None:
         async def send(request_id: str, tenant: str) -> tuple[str, bool]:
             request = submission(request_id, tenant=tenant)
-            _, created, found = await queue.submit(request, mailbox="api", terms=Terms(idempotency_key="key"))
+            _, created, found, _ = await queue.submit(request, mailbox="api", terms=Terms(idempotency_key="key"))
             return found, created
 
         assert await send("first", "alice") == ("first", True)

@@ -13,6 +13,7 @@ MAILBOX_TTL = 60  # seconds; a dead API process's mailbox goes away, a paused on
 MAILBOX_ENTRIES = 1024  # about ten seconds of engine steps: a reader further behind reads the log instead
 DEAD_ENTRIES = 100  # dead letters carry their payload, so few are kept …
 DEAD_TTL = 7 * 24 * 3600  # … and not for long
+USAGE_TTL = 92 * 24 * 3600  # what a tenant used on one day: for a bill of the last quarter
 DRAIN_WINDOW_MS = 60_000  # of waiting: how far back "how fast the queue drains" looks
 
 TIMELINE_BYTES = 4096  # of one request: some hundred entries, so that endless preemptions cannot fill the broker
@@ -21,7 +22,7 @@ EXPIRY_BATCH = 64  # requests ended per call when their deadlines have passed: m
 LUA_CONSTANTS = {
     name: globals()[name]
     for name in (
-        *("LIVE_TTL", "MAILBOX_ENTRIES", "DEAD_ENTRIES", "DEAD_TTL", "DRAIN_WINDOW_MS"),
+        *("LIVE_TTL", "MAILBOX_ENTRIES", "DEAD_ENTRIES", "DEAD_TTL", "DRAIN_WINDOW_MS", "USAGE_TTL"),
         *("TIMELINE_BYTES", "EXPIRY_BATCH"),
     )
 }
@@ -40,6 +41,7 @@ class Keys:
         self.sizes = self.prefix + "sizes"  # hash: tenant, tokens and bytes of each id that waits
         self.load = self.prefix + "load"  # hash: sums over the sizes, altogether and per tenant
         self.drain = self.prefix + "drain"  # hash: how fast the queue drains, and since when anything waits
+        self.usage = self.prefix + "usage"  # hash: what each tenant used altogether, a few counters per tenant
         self.workers = self.prefix + "workers"  # sorted set: worker id by expiry of its announcement
         self.wakeup = self.prefix + "wakeup"  # pub/sub channel: "submit", "cancel <id>" and "drop <id>"; may lose some
 
@@ -47,7 +49,10 @@ class Keys:
     def permanent(self) -> frozenset[str]:
         """The only keys without a TTL."""
         return frozenset(
-            {self.waiting, self.sizes, self.load, self.drain, self.leases, self.deadlines, self.fair, self.workers}
+            {
+                *(self.waiting, self.sizes, self.load, self.drain, self.leases, self.deadlines, self.fair),
+                *(self.workers, self.usage),
+            }
         )
 
     def request(self, request_id: str) -> str:
@@ -57,6 +62,18 @@ class Keys:
     def log(self, request_id: str) -> str:
         """Stream: entry ``i-0`` is event i. Lives as long as the request."""
         return f"{self.prefix}log:{request_id}"
+
+    def limits(self, tenant: str) -> str:
+        """Hash: when a tenant's buckets of requests and of tokens are full again (until they are: a minute at most)."""
+        return f"{self.prefix}limits:{tenant}"
+
+    def live(self, tenant: str) -> str:
+        """Sorted set: a tenant's unfinished ids, if their number is limited (LIVE_TTL, renewed by every new one)."""
+        return f"{self.prefix}live:{tenant}"
+
+    def usage_on(self, day: int) -> str:
+        """Hash: what each tenant used on this day, counted from 1970-01-01 UTC (USAGE_TTL)."""
+        return f"{self.prefix}usage:{day}"
 
     def mailbox(self, api_id: str) -> str:
         """Stream: one entry per engine step for one API process (MAILBOX_TTL, renewed by its owner)."""

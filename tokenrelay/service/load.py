@@ -18,6 +18,7 @@ from tokenrelay.service.keys import LIVE_TTL, Keys
 from tokenrelay.service.lua import Scripts
 from tokenrelay.service.messages import encode
 from tokenrelay.service.settings import Settings
+from tokenrelay.service.tenants import Tenant
 
 _REASONS = {
     b"tenant_requests": (RateLimited, "Too many of your requests are waiting already"),
@@ -83,13 +84,13 @@ class QueueLoad:
         load, replies = await self._look(request_ids)
         return {name: _whereabouts(load, reply) for name, reply in zip(request_ids, replies, strict=True) if reply}
 
-    async def require_room(self, tenant: str) -> None:
+    async def require_room(self, tenant: Tenant) -> None:
         """Raises what ``Queue.submit`` would for any request, however small: before work is done for one.
 
         Costs nothing while the queue accepts; from a refusal on, the broker is asked.
         """
         if self._was_full:
-            reply = await self._scripts.call("look", self._keys, tenant, self.limits)
+            reply = await self._scripts.call("look", self._keys, tenant.name, self.limits, str(tenant.weight))
             if reply:
                 raise self.refusal(reply)
             self._was_full = False

@@ -1,4 +1,5 @@
-"""Log lines: for people on a terminal, JSON elsewhere. Prompts, completions and keys are never logged."""
+"""Log lines: for people on a terminal, JSON elsewhere. Completions and keys are never logged,
+and prompts only where the setting ``log_prompts`` says so."""
 
 from __future__ import annotations
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import msgspec
 
 from tokenrelay.model.sampling_params import SamplingParams, TokenLogprobs
+from tokenrelay.service.tenants import DEFAULT_TENANT
 
 VERSION = 1
-DEFAULT_TENANT = "default"
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError)  # what decoders raise: text that is no UTF-8 is an error apart
 
 
 class MessageError(ValueError):
@@ -21,14 +22,16 @@ class MessageError(ValueError):
 class Submission(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One accepted request, as the API hands it to whichever worker claims it.
 
-    ``cache_salt`` divides a tenant's prefix cache further. A lower ``priority`` is served sooner. ``prompt_only`` asks
-    for no output at all: the one token that is sampled anyway is dropped, and counted nowhere.
+    ``weight`` is the tenant's share of the queue. ``cache_salt`` divides its prefix cache further. A lower ``priority``
+    is served sooner. ``prompt_only`` asks for no output at all: the one token that is sampled anyway is dropped, and
+    counted nowhere.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    tenant: str = DEFAULT_TENANT
+    tenant: str = DEFAULT_TENANT.name
+    weight: float = 1.0
     cache_salt: str = ""
     priority: int = 0
     skip_special_tokens: bool = True
@@ -39,6 +42,11 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def cost(self) -> int:
         """Tokens this request may occupy: what fair queueing and admission count."""
         return len(self.prompt_token_ids) + max(self.params.n, self.params.beam_width) * self.params.max_tokens
+
+    @property
+    def turn(self) -> int:
+        """Virtual time in which fair queueing lets its tenant have no other: twice the weight, half the time."""
+        return max(1, round(self.cost / self.weight))
 
     @property
     def prompt_tail(self) -> list[int]:
@@ -70,8 +78,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     behind the ids while a stop string or a UTF-8 sequence is incomplete. ``logprobs`` has one entry per token id,
     ``prompt_logprobs`` one per prompt token, None for the first, and comes with the log's first event; both only if
     asked for. ``mirostat_mu`` is the sampler's state behind these tokens, which a resumed choice begins with.
-    ``finish_reason`` ends the choice. The entry with ``usage`` or ``error`` is terminal: exactly one, the last of the
-    log.
+    ``finish_reason`` ends the choice, and ``stop_string`` is what made it ``stop``, unless a token did. The entry with
+    ``usage`` or ``error`` is terminal: exactly one, the last of the log.
     """
 
     choice: int = 0
@@ -81,6 +89,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_logprobs: list[TokenLogprobs | None] = []
     mirostat_mu: float | None = None
     finish_reason: str | None = None
+    stop_string: str = ""
     usage: Usage | None = None
     error: Error | None = None
 
@@ -147,7 +156,7 @@ def decode_event(payload: bytes) -> Event:
     """Raises MessageError when the payload is malformed."""
     try:
         return _event.decode(payload)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise MessageError(f"not an event: {error}") from error
 
 
@@ -155,7 +164,7 @@ def decode_deliveries(payload: bytes) -> list[Delivery]:
     """Raises MessageError when the payload is malformed."""
     try:
         return _deliveries.decode(payload)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise MessageError(f"not a mailbox entry: {error}") from error
 
 
@@ -163,5 +172,5 @@ def decode_facts(payload: bytes) -> WorkerFacts:
     """Raises MessageError when the payload is malformed."""
     try:
         return _facts.decode(payload)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise MessageError(f"not a worker's announcement: {error}") from error

@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 from redis.asyncio import Redis
 
 from tokenrelay.model.sampling_params import FinishReason
+from tokenrelay.service.allowance import Allowance
 from tokenrelay.service.broker import BLOCK_SECONDS, broker_errors
 from tokenrelay.service.errors import (
     BrokerUnavailable,
@@ -49,11 +50,13 @@ class Submitted(NamedTuple):
     """Where a request is: at its position in the queue (0 also if it has left it).
 
     ``created`` is false if an earlier submission had the same id or idempotency key: ``request_id`` is that one's.
+    ``allowance`` is what it left of the tenant's limits.
     """
 
     position: int
     created: bool
     request_id: str
+    allowance: Allowance | None = None
 
 
 class Claim(NamedTuple):
@@ -127,15 +130,21 @@ class Queue:
             "submit",
             [request, keys.waiting, keys.leases, keys.fair, repeat],
             *(submission.request_id, encode(submission), mailbox, submission.tenant),
-            *(submission.cost, submission.priority, self.load.limits),
-            terms.encoded,
+            encode((submission.cost, submission.turn, len(submission.prompt_token_ids))),
+            *(submission.priority, self.load.limits, terms.encoded),
         )
-        status, position, request_id, *_ = reply
-        if status == b"mismatch":
-            raise IdempotencyKeyReused("This Idempotency-Key stands for another request; use a new key for this body.")
-        if status == b"refused":
-            raise self.load.refusal(reply)
-        return Submitted(position, status == b"created", request_id.decode())
+        match reply:
+            case [b"mismatch", *_]:
+                raise IdempotencyKeyReused(
+                    "This Idempotency-Key stands for another request; use a new key for this body."
+                )
+            case [b"refused", *_]:
+                raise self.load.refusal(reply)
+            case [b"limited", reason, wait_ms, left]:
+                raise Allowance.read(terms.limits, left).refusal(reason, wait_ms, submission.cost)
+        status, position, request_id, *left = reply
+        allowance = Allowance.read(terms.limits, left[0]) if left else None
+        return Submitted(position, status == b"created", request_id.decode(), allowance)
 
     async def claim(self, worker_id: str, limit: int, *, unsuspected: bool = True) -> list[Claim]:
         """Lease up to ``limit`` requests, in the queue's order. Those that need no work are ended on the way.

@@ -6,12 +6,16 @@ chunks that the process which accepted it would have sent.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from tokenrelay.service.lua import packed
-from tokenrelay.service.messages import VERSION, MessageError, encode
+from tokenrelay.service.messages import UNREADABLE, VERSION, MessageError, encode
+from tokenrelay.service.tenants import NO_LIMITS, Limits
+
+Route = Literal["chat", "completion", "responses", "messages", "ollama_chat", "ollama_generate"]
+_NUMBERING = ("responses", "messages")  # routes whose events count those before them
 
 
 class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -19,10 +23,10 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``n`` choices are answered with, the best of ``num_generated``. ``echo`` is text in front of each choice.
     ``prompt_token_ids`` and ``prompt_tail`` (its last few) are only there if the answer tells something about them: a
-    finished request's prompt is kept no longer than it is needed.
+    finished request's prompt is kept no longer than it is needed. ``extra`` is the route's own, in words of msgpack.
     """
 
-    route: Literal["chat", "completion"]
+    route: Route
     model: str  # as the client called it
     created: int  # Unix time in seconds
     num_prompt_tokens: int
@@ -42,6 +46,15 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_token_ids: list[int] = []
     prompt_tail: list[int] = []
     on_disconnect: Literal["cancel", "continue"] = "cancel"
+    tool_format: str = ""  # how calls of tools stand in the text …
+    reasoning_format: str = ""  # … and reasoning; "": nothing in it is meant so
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
+    system_fingerprint: str = ""  # of what decides the text beside the request
+    service_tier: str = ""  # as it was granted, if one was asked for
+    include_continuous_usage: bool = False  # with every chunk …
+    include_timings: bool = False  # … and how long it took, at the end
+    extra: dict[str, Any] = {}
     version: int = msgspec.field(default_factory=lambda: VERSION)  # a factory, or it would be left out when encoded
 
     @property
@@ -49,7 +62,13 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Whether chunks depend on those before them, so that reading on means rendering from the beginning."""
         tells_of_prompt = self.num_prompt_logprobs is not None or self.echo is not None or self.return_token_ids
         has_offsets = self.route == "completion" and self.num_logprobs is not None
-        return self.num_prompts > 1 or tells_of_prompt or has_offsets
+        needs_text = self.counts_or_parses or self.route in _NUMBERING
+        return self.num_prompts > 1 or tells_of_prompt or has_offsets or needs_text
+
+    @property
+    def counts_or_parses(self) -> bool:
+        """Whether chunks tell sums, or the text is more than an answer."""
+        return bool(self.include_continuous_usage or self.tool_format or self.reasoning_format)
 
     @property
     def asks_for_interim(self) -> bool:
@@ -60,18 +79,24 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Terms(NamedTuple):
     """What is submitted together with a request. ``timeout`` is in seconds; 0: none.
 
-    ``fingerprint`` identifies the body that an idempotency key stands for.
+    ``fingerprint`` identifies the body that an idempotency key stands for. ``limits`` are the tenant's.
     """
 
     answer: AnswerSpec | None = None
     timeout: float = 0.0
     idempotency_key: str = ""
     fingerprint: str = ""
+    limits: Limits = NO_LIMITS
 
     @property
     def encoded(self) -> bytes:
         answer = encode(self.answer) if self.answer else b""
-        return encode([packed(answer), round(self.timeout * 1000), self.fingerprint])
+        limits = (
+            self.limits.requests_per_minute,
+            self.limits.tokens_per_minute,
+            self.limits.concurrent_requests,
+        )
+        return encode([packed(answer), round(self.timeout * 1000), self.fingerprint, limits])
 
 
 NO_TERMS = Terms()
@@ -83,7 +108,7 @@ def decode_answer_spec(payload: bytes) -> AnswerSpec:
     """Raises MessageError when the payload is malformed or of an unknown version."""
     try:
         spec = _decoder.decode(payload)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise MessageError(f"not an answer's description: {error}") from error
     if spec.version != VERSION:
         raise MessageError(f"an answer's description of version {spec.version}, this process speaks {VERSION}")

@@ -15,7 +15,7 @@ from tokenrelay.service.broker import broker_errors
 from tokenrelay.service.errors import NotFoundError
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.lua import Scripts, packed
-from tokenrelay.service.messages import Event, decode_event, encode
+from tokenrelay.service.messages import Event, Usage, decode_event, encode
 from tokenrelay.service.settings import Settings
 
 
@@ -66,9 +66,8 @@ class TokenLog:
         """The last events of a request; False if refused. ``bury`` says why it becomes a dead letter."""
         assert publication.events[-1].terminal, "the last event must be terminal"
         keys = [self._keys.leases, self._keys.dead]
-        return bool(
-            await self._scripts.call("finish", keys, worker_id, encode(_pack(publication)), self._retention_ms, bury)
-        )
+        arguments = (encode(_pack(publication)), self._retention_ms, bury, _pack_usage(publication.events[-1].usage))
+        return bool(await self._scripts.call("finish", keys, worker_id, *arguments))
 
     async def report(self, worker_id: str, progress: Mapping[str, Progress]) -> None:
         """What there is to tell of requests before their next event, by id. Of those that are lost it is ignored."""
@@ -102,7 +101,12 @@ def index_of(entry_id: bytes) -> int:
 
 def _pack(publication: Publication) -> tuple[Any, ...]:
     events = [packed(encode(event)) for event in publication.events]
-    return publication.request_id, publication.epoch, publication.index, events
+    num_tokens = sum(len(event.token_ids) for event in publication.events)
+    return publication.request_id, publication.epoch, publication.index, events, num_tokens
+
+
+def _pack_usage(usage: Usage | None) -> bytes:
+    return encode(usage and (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens))
 
 
 def _unknown(request_id: str) -> NotFoundError:

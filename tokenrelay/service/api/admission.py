@@ -9,6 +9,7 @@ from typing import Any
 from tokenrelay.model.chat_template import ChatTemplateError
 from tokenrelay.model.sampling_params import SamplingParams, SamplingParamsError
 from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.service.api.entitlement import most_tokens
 from tokenrelay.service.api.event_loop import off_loop_if_large
 from tokenrelay.service.api.sampling import require_known, require_plain_beams, sampling, text_size
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest, ChatMessage
@@ -18,6 +19,7 @@ from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.structured import Grammars
 from tokenrelay.service.errors import ContextLengthExceeded, InvalidRequestError
 from tokenrelay.service.messages import Submission
+from tokenrelay.service.tenants import DEFAULT_TENANT, Tenant
 from tokenrelay.service.terms import part_ids
 
 LARGE_TEXT = 8 << 10  # characters: about a millisecond of tokenizing
@@ -27,18 +29,32 @@ MAX_REPORTED = 10**12  # larger numbers are not worth repeating in a message
 
 
 class Admission:
-    """Turns bodies into submissions for one served model."""
+    """Turns bodies into submissions for one served model, of one tenant."""
 
-    def __init__(self, model: ServedModel, max_n: int, grammars: Grammars) -> None:
+    def __init__(self, model: ServedModel, max_n: int, grammars: Grammars, tenant: Tenant = DEFAULT_TENANT) -> None:
         self._model = model
         self._max_n = max_n
         self._grammars = grammars
+        self._tenant = tenant
 
-    async def chat(self, body: ChatCompletionRequest, request_id: str) -> list[Submission]:
+    def of(self, tenant: Tenant) -> Admission:
+        return Admission(self._model, self._max_n, self._grammars, tenant)
+
+    async def chat(self, body: ChatCompletionRequest, request_id: str, *, fit: bool = False) -> list[Submission]:
+        """``fit``: more tokens than there is room for are as many as there is room for."""
+        prompt = await self.chat_prompt(body)
+        if fit and body.max_tokens:
+            body = body.model_copy(update={"max_tokens": self._fitting(body.max_tokens, len(prompt))})
+        return await self._submissions(body, request_id, [prompt], "messages", self._model.context)
+
+    async def chat_prompt(self, body: ChatCompletionRequest) -> list[int]:
+        """What the model reads of it."""
         self._require_servable(body)
         size = sum(len(message.text) for message in body.messages) + 64 * len(body.messages)
-        prompt = await off_loop_if_large(size, LARGE_TEXT, lambda: _encode_chat(self._model.tokenizer, body.messages))
-        return await self._submissions(body, request_id, [prompt], "messages", self._model.context)
+        return await off_loop_if_large(size, LARGE_TEXT, lambda: _encode_chat(self._model.tokenizer, body.messages))
+
+    def _fitting(self, max_tokens: int, num_prompt: int) -> int:
+        return max(1, min(max_tokens, self._model.max_model_len - num_prompt))
 
     async def completion(self, body: CompletionRequest, request_id: str) -> list[Submission]:
         self._require_servable(body)
@@ -61,6 +77,7 @@ class Admission:
         """One per prompt. ``param`` is where the prompts come from, ``default`` their ``max_tokens``."""
         prompts = [prompt[-(body.truncate_prompt_tokens or 0) :] for prompt in prompts]
         _require_tellable(body, sum(map(len, prompts)))
+        default = min(default, most_tokens(body, prompts, param, self._tenant.limits))
         tokenizer = self._model.tokenizer
         shape = await off_loop_if_large(text_size(body), LARGE_TEXT, lambda: sampling(body, tokenizer))
         shape["grammar"] = await self._grammars.grammar_of(body)
@@ -69,6 +86,8 @@ class Admission:
                 request_id=prompt_id,
                 prompt_token_ids=prompt,
                 params=self._params(body, self._max_tokens(body, len(prompt), param, default), shape),
+                tenant=self._tenant.name,
+                weight=self._tenant.weight,
                 cache_salt=body.cache_salt or "",
                 priority=body.priority or 0,
                 skip_special_tokens=body.skip_special_tokens is not False,

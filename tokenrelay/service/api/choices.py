@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 from msgspec.structs import replace as replace_fields
 
 from tokenrelay.model.sampling_params import TokenLogprobs
+from tokenrelay.service.allowance import Allowance
 from tokenrelay.service.api.cursor import Cursor
 from tokenrelay.service.api.generation import Generation, Generations
 from tokenrelay.service.api.schemas.usage import CompletionUsage, PromptTokensDetails
@@ -31,6 +32,7 @@ class Output:
     logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: Sequence[TokenLogprobs | None] = ()
     finish_reason: str | None = None
+    stop_string: str = ""
 
     @property
     def num_entries(self) -> int:
@@ -120,6 +122,11 @@ class Choices:
     def joined(self) -> bool:
         return self._running[0].account is None
 
+    @property
+    def allowance(self) -> Allowance | None:
+        """What is left of the tenant's limits, if this HTTP request was charged to them."""
+        return self._running[-1].allowance
+
     async def close(self, *, may_return: bool = False) -> None:
         for generation in self._running:
             await self._generations.close(generation, may_return=may_return)
@@ -191,7 +198,9 @@ class _FirstOutputs:
 
 
 def _output(choice: int, event: Event, prompt_logprobs: Sequence[TokenLogprobs | None]) -> Output:
-    return Output(choice, event.text, event.token_ids, event.logprobs, prompt_logprobs, event.finish_reason)
+    return Output(
+        choice, event.text, event.token_ids, event.logprobs, prompt_logprobs, event.finish_reason, event.stop_string
+    )
 
 
 def _joined(parts: Sequence[Output]) -> Output:
@@ -203,6 +212,7 @@ def _joined(parts: Sequence[Output]) -> Output:
         [token for part in parts for token in part.logprobs],
         parts[0].prompt_logprobs,
         next(part.finish_reason for part in reversed(parts) if part.finish_reason),
+        "".join(part.stop_string for part in parts),
     )
 
 

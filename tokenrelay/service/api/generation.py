@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any, NoReturn, Self
 
 from tokenrelay.model.sampling_params import FinishReason
+from tokenrelay.service.allowance import Allowance
 from tokenrelay.service.api.accounting import RequestAccount
 from tokenrelay.service.api.deadline import Deadline
 from tokenrelay.service.api.event_loop import race
@@ -42,7 +43,7 @@ class Generation:
     """A reader of one queued request: an async iterator of (index, event) that ends after the terminal event.
 
     Raises GenerationFailed for an event that is an error or a cancellation. ``account`` is None if another process, or
-    another connection, accepted the request.
+    another connection, accepted the request; else ``allowance`` is what that left of the tenant's limits.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class Generation:
         events: Subscription,
         deadline: Deadline,
         account: RequestAccount | None,
+        allowance: Allowance | None = None,
     ) -> None:
         self.request_id = request_id
         self.answer = answer
         self.account = account
+        self.allowance = allowance
         self.ended = False
         self._events = events
         self._deadline = deadline
@@ -141,7 +144,8 @@ class Generations:
             return await self.join(submitted.request_id)
         account = RequestAccount(submission, self._metrics)
         deadline = Deadline(self._queue, submission.request_id, terms.timeout or None)
-        return self._read(Generation(submission.request_id, terms.answer, events, deadline, account))
+        name, answer = submission.request_id, terms.answer
+        return self._read(Generation(name, answer, events, deadline, account, submitted.allowance))
 
     async def join(self, request_id: str, after: int = 0) -> Generation:
         """Read a request of any process behind an index, or from the beginning if its chunks look back; then follow it.

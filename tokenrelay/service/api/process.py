@@ -12,6 +12,7 @@ import structlog
 
 from tokenrelay.service.api.admission import Admission
 from tokenrelay.service.api.generation import Generations
+from tokenrelay.service.api.keyring import Keyring
 from tokenrelay.service.api.queue_watch import QueueWatch
 from tokenrelay.service.api.readiness import Readiness
 from tokenrelay.service.api.served_model import ServedModel
@@ -26,6 +27,7 @@ from tokenrelay.service.registry import Registry
 from tokenrelay.service.request_records import RequestRecords
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import TokenLog
+from tokenrelay.service.usage import UsageLedger
 
 FAREWELL_SECONDS = 3.0  # at exit, for cancellations that are still on their way
 
@@ -41,6 +43,7 @@ class ApiProcess:
     queue: Queue
     generations: Generations
     records: RequestRecords
+    usage: UsageLedger
     token_log: TokenLog
     readiness: Readiness
     watch: QueueWatch
@@ -53,7 +56,9 @@ class ApiProcess:
 
 
 @asynccontextmanager
-async def running(settings: Settings, model: ServedModel, metrics: ApiMetrics) -> AsyncIterator[ApiProcess]:
+async def running(
+    settings: Settings, model: ServedModel, metrics: ApiMetrics, keyring: Keyring
+) -> AsyncIterator[ApiProcess]:
     """An API process that listens to its mailbox. Needs no broker to start: it waits for one."""
     keys = Keys(model.name)
     url, ca_file = settings.redis_url, settings.redis_ca_file
@@ -70,11 +75,13 @@ async def running(settings: Settings, model: ServedModel, metrics: ApiMetrics) -
         queue=queue,
         generations=Generations(queue, mailbox, records, metrics, settings.disconnect_grace_seconds),
         records=records,
+        usage=UsageLedger(redis, keys),
         token_log=token_log,
         readiness=Readiness(Registry(redis, keys, settings)),
         watch=QueueWatch(queue.load),
     )
-    duties = [asyncio.create_task(duty) for duty in (mailbox.run(), process.watch.run(), _refresh_gauges(process))]
+    work = (mailbox.run(), process.watch.run(), keyring.run(), _refresh_gauges(process))
+    duties = [asyncio.create_task(duty) for duty in work]
     for duty in duties:
         duty.add_done_callback(process.note_death)
     try:

@@ -49,7 +49,7 @@ def digest(name: str) -> str:
 
 @cache
 def source(name: str) -> str:
-    """The whole text of a script: the constants of ``keys.py``, ``library.lua``, then its own file.
+    """The whole text of a script: the constants of ``keys.py``, ``library.lua``, ``tenants.lua``, then its own file.
 
     Only ``submit`` is refused when the broker's memory is full: what was accepted may always be carried on and ended,
     which is also what frees memory again.
@@ -57,7 +57,7 @@ def source(name: str) -> str:
     shebang = "#!lua" if name == "submit" else "#!lua flags=allow-oom"
     named = {**LUA_CONSTANTS, "VERSION": VERSION}
     constants = "\n".join(f"local {constant} = {value}" for constant, value in named.items())
-    return "\n".join((shebang, constants, _read("library"), _read(name)))
+    return "\n".join((shebang, constants, _read("library"), _read("tenants"), _read(name)))
 
 
 def _read(name: str) -> str:

@@ -3,6 +3,7 @@
 
 local prefix = ARGV[1]
 local deliveries = {}  -- mailbox -> encoded deliveries of this script
+local admit, settle  -- in tenants.lua
 
 local function request_key(id) return prefix .. 'request:' .. id end
 local function log_key(id) return prefix .. 'log:' .. id end
@@ -18,10 +19,11 @@ local function integer(number) return string.format('%.0f', number) end
 
 -- The request, or nil if it is gone (expired, or the broker lost it).
 local function fetch(id)
-  local value = redis.call('HMGET', request_key(id), 'state', 'owner', 'epoch', 'next', 'mailboxes', 'attempts')
+  local names = {'state', 'owner', 'epoch', 'next', 'mailboxes', 'attempts', 'emitted'}
+  local value = redis.call('HMGET', request_key(id), unpack(names))
   if not value[1] then return nil end
   return {state = value[1], owner = value[2], epoch = tonumber(value[3]), next = tonumber(value[4]),
-    mailboxes = value[5], attempts = tonumber(value[6])}
+    mailboxes = value[5], attempts = tonumber(value[6]), emitted = tonumber(value[7] or 0)}
 end
 
 -- What only the rarer scripts want to know of it.
@@ -40,9 +42,9 @@ local function owns(request, worker, epoch)
   return request and request.owner == worker and request.epoch == epoch
 end
 
--- Append events from `index` to the log. What the log already has is a repetition after a lost reply: skipped.
--- False if that would leave a gap or follow the terminal event.
-local function append(id, request, index, events)
+-- Append events from `index` to the log, with `num_tokens` altogether. What the log already has is a repetition after a
+-- lost reply: skipped. False if that would leave a gap or follow the terminal event.
+local function append(id, request, index, events, num_tokens)
   local first, last = request.next, index + #events - 1
   if index > first or (last >= first and request.state == 'finished') then return false end
   if last < first then return true end
@@ -57,7 +59,7 @@ local function append(id, request, index, events)
       deliveries[mailbox] = parts
     end
   end
-  redis.call('HSET', request_key(id), 'next', last + 1)
+  redis.call('HSET', request_key(id), 'next', last + 1, 'emitted', request.emitted + (num_tokens or 0))
   if first == 1 then
     redis.call('EXPIRE', log_key(id), LIVE_TTL)
     local beginning = string.sub(events[first - index + 1], 1, 32)  -- the ids are an event's first or second field
@@ -145,15 +147,15 @@ end
 
 -- Why a request of this size may not wait too: {'refused', limit, requests waiting, tokens to wait for, drain rate}, or
 -- nil if it may. Limits: requests, tokens, bytes, a tenant's requests, a tenant's tokens; 0 is none. Nothing is too
--- large for an empty queue.
-local function refusal(tenant, tokens, bytes, limits)
+-- large for an empty queue. `weight` is the tenant's; the others' is taken for 1.
+local function refusal(tenant, tokens, bytes, limits, weight)
   local load, num_waiting = prefix .. 'load', redis.call('ZCARD', prefix .. 'waiting')
   local sums = redis.call('HMGET', load, 'tokens', 'bytes', 'requests:' .. tenant, 'tokens:' .. tenant)
   for i = 1, 4 do sums[i] = tonumber(sums[i] or 0) end
   local all_tokens, all_bytes, own_requests, own_tokens = unpack(sums)
-  -- While a tenant's tokens drain, fair queueing lets every other tenant drain as many, if it has as many.
-  local num_tenants = (redis.call('HLEN', load) - 2) / 2
-  local behind_tenant = math.min(all_tokens, own_tokens * num_tenants)
+  -- While a tenant's tokens drain, fair queueing lets every other tenant of its weight drain as many, if it has them.
+  local num_others = (redis.call('HLEN', load) - 2) / 2 - 1
+  local behind_tenant = math.min(all_tokens, own_tokens * (1 + num_others / weight))
   for _, check in ipairs({
     {'tenant_requests', own_requests, 1, limits[4], behind_tenant},
     {'tenant_tokens', own_tokens, tokens, limits[5], behind_tenant},
@@ -168,8 +170,9 @@ local function refusal(tenant, tokens, bytes, limits)
   end
 end
 
--- The request is over: no lease, no prompt, and only the retention to live.
-local function conclude(id, retention_ms)
+-- The request is over: no lease, no prompt, and only the retention to live. `usage` is what `settle` wants to know.
+local function conclude(id, retention_ms, usage)
+  settle(id, usage)
   redis.call('HSET', request_key(id), 'state', 'finished')
   redis.call('HDEL', request_key(id), 'payload')
   if redis.call('ZREM', prefix .. 'leases', id) == 1 then note_drained(tonumber(field(id, 'cost') or 0)) end

@@ -1,14 +1,16 @@
 -- Accept a request, once per request id and per idempotency key.
 -- KEYS: request, waiting, leases, fair, idempotency key (the request again if the caller gave none)
--- ARGV: prefix, id, payload, mailbox, tenant, cost, priority, msgpack of the limits,
---       msgpack of {how to answer, timeout in ms or 0, fingerprint of the body}
--- Returns {'created' | 'existing', position, id}, {'mismatch'} if the key stands for another body, or what `refusal`
--- returns
+-- ARGV: prefix, id, payload, mailbox, tenant, msgpack of {cost, cost over the tenant's weight, tokens of the prompt},
+--       priority, msgpack of the queue's limits,
+--       msgpack of {how to answer, timeout in ms or 0, fingerprint of the body, the tenant's limits}
+-- Returns {'created', position, id, what is left of the tenant's limits} or {'existing', position, id}; {'mismatch'} if
+-- the key stands for another body; what `refusal` returns; {'limited', why, ms until it would do, what is left}
 -- Start-time fair queueing: a tenant's request starts at its previous one's virtual finish, but not in the past.
 
 local request, waiting, leases, fair, idempotency = unpack(KEYS)
-local _, id, payload, mailbox, tenant, cost, priority, limits, terms = unpack(ARGV)
-local answer, timeout_ms, fingerprint = unpack(cmsgpack.unpack(terms))
+local _, id, payload, mailbox, tenant, size, priority, limits, terms = unpack(ARGV)
+local cost, turn, num_prompt_tokens = unpack(cmsgpack.unpack(size))
+local answer, timeout_ms, fingerprint, tenant_limits = unpack(cmsgpack.unpack(terms))
 local keyed = idempotency ~= request
 local CLASS = 2 ^ 44  -- room of one priority class in the score: 17 trillion tokens of virtual time
 
@@ -25,13 +27,13 @@ if known and redis.call('EXISTS', request_key(known)) == 1 and not field(known, 
 end
 
 local bytes = #payload + #answer
-local refused = refusal(tenant, tonumber(cost), bytes, cmsgpack.unpack(limits))
+local refused = refusal(tenant, cost, bytes, cmsgpack.unpack(limits), cost / turn)
 if refused then return refused end
 if redis.call('EXISTS', waiting, leases) == 0 then redis.call('DEL', fair) end  -- idle: clocks restart
 
 local clock = tonumber(redis.call('ZSCORE', fair, 'clock') or 0)
 local start = math.max(clock, tonumber(redis.call('ZSCORE', fair, 'tenant:' .. tenant) or 0))
-local finish = start + tonumber(cost)
+local finish = start + turn
 local class = math.max(-100, math.min(100, tonumber(priority)))
 local score = integer(class * CLASS + finish)
 
@@ -49,10 +51,14 @@ end
 refused = too_late()
 if refused then return refused end
 
+-- Last of all: what is refused anyway is not charged.
+local limited, left = admit(id, tenant, cost, tenant_limits)
+if limited then return limited end
+
 local now = now_ms()
 redis.call('HSET', request, 'payload', payload, 'state', 'waiting', 'owner', '', 'epoch', 0, 'attempts', 0, 'next', 1,
   'mailboxes', mailbox, 'score', score, 'start', integer(start), 'submitted_at', now, 'waiting_since', now,
-  'tenant', tenant, 'cost', cost,
+  'tenant', tenant, 'cost', cost, 'prompt_tokens', num_prompt_tokens,
   'idempotency', keyed and idempotency or '', 'version', VERSION,
   'answer', answer, 'fingerprint', fingerprint, 'readers', mailbox)
 note(id, 'queued')
@@ -60,9 +66,10 @@ if timeout_ms > 0 then
   redis.call('HSET', request, 'deadline', now + timeout_ms)
   redis.call('ZADD', prefix .. 'deadlines', now + timeout_ms, id)
 end
+if tenant_limits[2] > 0 then redis.call('HSET', request, 'tokens_per_minute', tenant_limits[2]) end
 redis.call('EXPIRE', request, LIVE_TTL)
-enter(id, score, tenant, tonumber(cost), bytes)
+enter(id, score, tenant, cost, bytes)
 redis.call('ZADD', fair, integer(finish), 'tenant:' .. tenant)
 if keyed then redis.call('SET', idempotency, id, 'EX', LIVE_TTL) end
 wake('submit')
-return {'created', redis.call('ZRANK', waiting, id), id}
+return {'created', redis.call('ZRANK', waiting, id), id, left}

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
+from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
 
@@ -22,6 +23,7 @@ from tokenrelay.model.weights import resolve
 from tokenrelay.service.broker import connect
 from tokenrelay.service.embedded_valkey import EmbeddedValkey
 from tokenrelay.service.errors import BrokerUnavailable
+from tokenrelay.service.key_file import read_api_keys
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.queue import Queue
 from tokenrelay.service.settings import Settings
@@ -37,8 +39,11 @@ TAKE_OVER_SECONDS = 3.0  # in which a spare worker has the processor to itself, 
 def supervise(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code: 0 after a drain, 1 after giving up.
 
-    SIGHUP restarts every process in turn. Raises OSError if a port is taken, EmbeddedValkeyError, ModelSourceError.
+    SIGHUP restarts every process in turn. Raises OSError if a port is taken, EmbeddedValkeyError, ModelSourceError,
+    ApiKeysError.
     """
+    if settings.api_keys_file:
+        read_api_keys(Path(settings.api_keys_file).expanduser())  # or every API process would say so, again and again
     source = resolve(settings.model, cache_dir=settings.cache_dir)
     with ExitStack() as stack:
         listener = stack.enter_context(_listening(settings.host, settings.port, "port"))

@@ -81,6 +81,11 @@ class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestS
         return self.max_tokens
 
     @property
+    def limiting_field(self) -> str:
+        """Where ``token_limit`` comes from."""
+        return "max_tokens"
+
+    @property
     def include_queue(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_queue)
 
