@@ -20,6 +20,8 @@ from tokenrelay.service.api.completion_format import CompletionFormat
 from tokenrelay.service.api.event_loop import client_gone, off_loop_if_large, race
 from tokenrelay.service.api.event_stream import EventStream, StreamFormat
 from tokenrelay.service.api.interim import InterimFormat, interim_frames
+from tokenrelay.service.api.ollama.ollama_format import PREFIX as OLLAMA
+from tokenrelay.service.api.ollama.ollama_format import OllamaChatFormat, OllamaGenerateFormat
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.messages import Submission
 from tokenrelay.service.terms import AnswerSpec, Route
@@ -40,6 +42,8 @@ _WIRES: Mapping[Route, _Wire] = {
     "chat": _Wire("chatcmpl-", ChatFormat),
     "completion": _Wire("cmpl-", CompletionFormat),
     "messages": _Wire(MESSAGE, MessagesFormat),
+    "ollama_chat": _Wire(OLLAMA, OllamaChatFormat),
+    "ollama_generate": _Wire(OLLAMA, OllamaGenerateFormat),
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from tokenrelay import __version__
 from tokenrelay.model.config import MAX_STREAMING_LEN
 from tokenrelay.model.tokenizer import Tokenizer
-from tokenrelay.model.weights import read_model_config, resolve
+from tokenrelay.model.weights import ModelDescription, describe, read_model_config, resolve
 from tokenrelay.model.weights.sources import ModelSource
 from tokenrelay.service.api.assistant.dialect import Dialect
 from tokenrelay.service.api.schemas.models import ModelCard
@@ -25,6 +25,7 @@ class ServedModel:
     context: int  # tokens that attention sees at once: less than that, if sequences may outgrow it
     dialect: Dialect
     fingerprint: str = ""  # of what decides a text beside the request
+    description: ModelDescription = field(default_factory=ModelDescription)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -44,7 +45,8 @@ class ServedModel:
 def load_served_model(settings: Settings) -> ServedModel:
     """Resolve the setting ``model`` and read its tokenizer and its limits."""
     source = resolve(settings.model, cache_dir=settings.cache_dir)
-    limit = read_model_config(source).max_position_embeddings
+    config = read_model_config(source)
+    limit = config.max_position_embeddings
     context = min(limit, settings.max_model_len or limit)
     tokenizer = Tokenizer.from_source(source)
     return ServedModel(
@@ -54,6 +56,7 @@ def load_served_model(settings: Settings) -> ServedModel:
         context=context,
         dialect=Dialect.of(tokenizer, settings.tool_call_format, settings.reasoning_format),
         fingerprint=_fingerprint(settings, source),
+        description=describe(source, config),
     )
 
 
