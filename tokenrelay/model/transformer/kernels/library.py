@@ -17,6 +17,7 @@ class KVCache(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((name, c_int64) for name in ("key_stride", "value_stride")),
         *((name, c_int64) for name in ("num_kv_heads", "head_dim", "block_size", "type")),
     ]
 

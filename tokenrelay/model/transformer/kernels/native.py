@@ -178,15 +178,23 @@ def describe_cache(
     if not covered:
         return None
     return library.KVCache(
-        address(k_cache, dtype),
-        address(v_cache, dtype),
+        _address_of_blocks(k_cache, dtype),
+        _address_of_blocks(v_cache, dtype),
         address(key_scales, torch.float32),
         address(value_scales, torch.float32),
+        k_cache.stride(0),
+        v_cache.stride(0),
         num_kv_heads,
         head_dim,
         block_size,
         CACHE_TYPES[dtype],
     )
+
+
+def _address_of_blocks(cache: Tensor, dtype: torch.dtype) -> int:
+    """Each block must be dense; something else may lie between them."""
+    address(cache[0], dtype)
+    return cache.data_ptr()
 
 
 def rotate_and_cache(

@@ -12,31 +12,41 @@ namespace {
 constexpr size_t TILE = 48;   // query vectors that share one pass over the keys
 constexpr size_t CHUNK = 64;  // keys per softmax update: part of the result's definition
 
+// `count` query vectors of a request from `vector` on, for `heads` kv heads from `head` on.
+struct AttentionTask { size_t request, vector, count, head, heads; };
+
 template <class W> struct AttentionTile {
     static constexpr bool QUANTIZED = sizeof(W) == 1;
     const AttentionParams& a;
     const int32_t* blocks;
     size_t kv_head, dim, padded, block_size;
     float q[TILE * MAX_HEAD_DIM];
-    float acc[TILE * MAX_HEAD_DIM];
+    float acc[TILE * MAX_HEAD_DIM];  // lanes in the order of load_shuffled
     float scores[TILE * CHUNK];
+    float wide_keys[MAX_HEAD_DIM * CHUNK], wide_values[CHUNK * MAX_HEAD_DIM];  // of one chunk, as float
     f32x16 total[TILE];
     float highest[TILE];
-    size_t first[TILE], end[TILE];  // the keys that a vector sees in this pass; neither falls from vector to vector
+    size_t first[TILE], end[TILE];  // the keys that a vector sees in this pass; neither falls within a head
 
-    AttentionTile(const AttentionParams& params, size_t request, size_t head)
-        : a(params), blocks(params.block_tables + request * params.max_blocks), kv_head(head), dim(params.cache.head_dim),
+    AttentionTile(const AttentionParams& params, size_t request)
+        : a(params), blocks(params.block_tables + request * params.max_blocks), dim(params.cache.head_dim),
           padded((dim + 15) / 16 * 16), block_size(params.cache.block_size) {}
 
-    size_t head_block(size_t position) const { return blocks[position / block_size] * a.cache.num_kv_heads + kv_head; }
+    size_t block(size_t position) const { return blocks[position / block_size]; }
 
-    size_t slot(size_t position) const { return head_block(position) * block_size + position % block_size; }
-
-    const W* keys(size_t position) const {
-        return (const W*)a.cache.keys + head_block(position) * dim * block_size + position % block_size;
+    size_t slot(size_t position) const {
+        return (block(position) * a.cache.num_kv_heads + kv_head) * block_size + position % block_size;
     }
 
-    const W* values(size_t position) const { return (const W*)a.cache.values + slot(position) * padded; }
+    const W* keys(size_t position) const {
+        const W* of_block = (const W*)a.cache.keys + block(position) * a.cache.key_stride;
+        return of_block + kv_head * dim * block_size + position % block_size;
+    }
+
+    const W* values(size_t position) const {
+        const W* of_block = (const W*)a.cache.values + block(position) * a.cache.value_stride;
+        return of_block + (kv_head * block_size + position % block_size) * padded;
+    }
 
     // Brings the same keys of the next chunk into the cache: blocks are scattered, so the hardware cannot guess them.
     TR_INLINE void prefetch_block(size_t position) const {
@@ -46,14 +56,31 @@ template <class W> struct AttentionTile {
         for (size_t i = 0; i < 16 * padded * sizeof(W); i += 64) __builtin_prefetch(v + i, 0, 2);
     }
 
+    // Many vectors read the same chunk: what is narrow becomes float once, not once per group of rows.
+    void widen_chunk(size_t start, size_t from, size_t to) {
+        for (size_t key = from / 16 * 16; key < to; key += 16) {
+            const W *k = keys(start + key), *v = values(start + key);
+            for (size_t d = 0; d < dim; d++) store(wide_keys + d * CHUNK + key, load(k + d * block_size));
+            for (size_t i = 0; i < 16 * padded; i += 16) store(wide_values + key * padded + i, load_shuffled(v + i));
+        }
+    }
+
     // scores[row][key] = sum over d ascending of q[row][d] * K[d][key], times the key's scale if it has one.
-    template <int R, int P> TR_INLINE void score_blocks(size_t row, size_t start, size_t key) {
+    template <int R, int P, bool WIDE> TR_INLINE void score_blocks(size_t row, size_t start, size_t key) {
         f32x16 s[R][P];
-        const W* k[P];
-        for (int p = 0; p < P; p++) k[p] = keys(start + key + p * 16);
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++) s[r][p] = broadcast(0.0f);
-        multiply<R, P>(s, q + row * dim, dim, k, block_size, dim);
+        if constexpr (WIDE) {
+            const float* k[P];
+            for (int p = 0; p < P; p++) k[p] = wide_keys + key + p * 16;
+            multiply(s, q + row * dim, dim, k, CHUNK, dim);
+        } else {
+            const W* k[P];
+            for (int p = 0; p < P; p++) k[p] = keys(start + key + p * 16);
+            multiply<true>(s, q + row * dim, dim, k, block_size, dim);
+            for (int r = 0; r < R; r++)
+                for (int p = 0; p < P; p++) s[r][p] = in_order(s[r][p], k[p]);
+        }
         for (int p = 0; p < P; p++) {
             if constexpr (QUANTIZED) {
                 f32x16 scale = load(a.cache.key_scales + slot(start + key + p * 16));
@@ -64,11 +91,11 @@ template <class W> struct AttentionTile {
     }
 
     // The scores of keys [from, to) of a chunk, in blocks of 16; what a row does not see gets -inf.
-    template <int R> void score(size_t row, size_t start, size_t from, size_t to) {
+    template <int R, bool WIDE> void score(size_t row, size_t start, size_t from, size_t to) {
         constexpr int P = panels_for(R) > 2 ? 2 : panels_for(R);
         size_t key = from / 16 * 16;
-        for (; key + (P - 1) * 16 < to; key += P * 16) score_blocks<R, P>(row, start, key);
-        for (; key < to; key += 16) score_blocks<R, 1>(row, start, key);
+        for (; key + (P - 1) * 16 < to; key += P * 16) score_blocks<R, P, WIDE>(row, start, key);
+        for (; key < to; key += 16) score_blocks<R, 1, WIDE>(row, start, key);
         for (size_t r = row; r < row + R; r++) {
             float* s = scores + r * CHUNK;
             const size_t hidden = first[r] > start ? least(first[r] - start, CHUNK) : 0;
@@ -107,103 +134,130 @@ template <class W> struct AttentionTile {
     }
 
     // acc[row][d] += weight[row][key] * V[key][d], key ascending.
-    template <int R, int P> TR_INLINE void weigh_columns(size_t row, size_t start, size_t from, size_t to, size_t d) {
+    template <int R, int P, bool WIDE>
+    TR_INLINE void weigh_columns(size_t row, size_t start, size_t from, size_t to, size_t d) {
         f32x16 sums[R][P];
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++) sums[r][p] = load(acc + (row + r) * padded + d + p * 16);
-        size_t skipped = from % 16;
-        for (size_t key = from - skipped; key < to; key += 16, skipped = 0) {
-            const W* v[P];
-            for (int p = 0; p < P; p++) v[p] = values(start + key) + skipped * padded + d + p * 16;
-            const float* weights = scores + row * CHUNK + key + skipped;
-            multiply<R, P>(sums, weights, CHUNK, v, padded, least(to - key, size_t(16)) - skipped);
+        if constexpr (WIDE) {
+            const float* v[P];
+            for (int p = 0; p < P; p++) v[p] = wide_values + from * padded + d + p * 16;
+            multiply(sums, scores + row * CHUNK + from, CHUNK, v, padded, to - from);
+        } else {
+            size_t skipped = from % 16;
+            for (size_t key = from - skipped; key < to; key += 16, skipped = 0) {
+                const W* v[P];
+                for (int p = 0; p < P; p++) v[p] = values(start + key) + skipped * padded + d + p * 16;
+                const float* weights = scores + row * CHUNK + key + skipped;
+                multiply<true>(sums, weights, CHUNK, v, padded, least(to - key, size_t(16)) - skipped);
+            }
         }
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++) store(acc + (row + r) * padded + d + p * 16, sums[r][p]);
     }
 
-    template <int R> void weigh(size_t row, size_t start, size_t from, size_t to) {
+    template <int R, bool WIDE> void weigh(size_t row, size_t start, size_t from, size_t to) {
         constexpr int P = panels_for(R);
         if constexpr (QUANTIZED) scale_weights<R>(row, start, from, to);
         size_t d = 0;
-        for (; d + P * 16 <= padded; d += P * 16) weigh_columns<R, P>(row, start, from, to, d);
-        for (; d < padded; d += 16) weigh_columns<R, 1>(row, start, from, to, d);
+        for (; d + P * 16 <= padded; d += P * 16) weigh_columns<R, P, WIDE>(row, start, from, to, d);
+        for (; d < padded; d += 16) weigh_columns<R, 1, WIDE>(row, start, from, to, d);
     }
 
-    // One pass over the keys that the vectors see, chunk by chunk.
-    void attend(size_t count) {
+    // The rows' share of one chunk.
+    template <int R, bool WIDE> void attend_chunk(size_t row, size_t start) {
+        if (end[row + R - 1] <= start || first[row] >= start + CHUNK) return;
+        const size_t from = first[row] > start ? first[row] - start : 0;
+        const size_t to = least(end[row + R - 1] - start, CHUNK);
+        score<R, WIDE>(row, start, from, to);
+        for (int r = 0; r < R; r++) soften(row + r);
+        weigh<R, WIDE>(row, start, from, to);
+    }
+
+    // One pass over the keys that the vectors see, chunk by chunk: `count` vectors of each head, heads after each other.
+    template <bool WIDE> void attend(size_t count, size_t head, size_t heads) {
         const size_t most = end[count - 1];
         for (size_t start = first[0] / CHUNK * CHUNK; start < most; start += CHUNK)
-            for_row_groups(0, count, [&](size_t row, auto rows) {
-                constexpr int R = decltype(rows)::value;
-                if (end[row + R - 1] <= start || first[row] >= start + CHUNK) return;
-                const size_t from = first[row] > start ? first[row] - start : 0;
-                const size_t to = least(end[row + R - 1] - start, CHUNK);
-                if (row == 0)
-                    for (size_t next = start + CHUNK; next < least(start + 2 * CHUNK, most); next += 16)
-                        prefetch_block(next);
-                score<R>(row, start, from, to);
-                for (int r = 0; r < R; r++) soften(row + r);
-                weigh<R>(row, start, from, to);
-            });
+            for (size_t h = 0; h < heads; h++) {
+                kv_head = head + h;
+                for (size_t next = start + CHUNK; next < least(start + 2 * CHUNK, most); next += 16) prefetch_block(next);
+                if (WIDE) widen_chunk(start, 0, least(most - start, CHUNK));
+                for_row_groups(h * count, (h + 1) * count, [&](size_t row, auto rows) {
+                    attend_chunk<decltype(rows)::value, WIDE>(row, start);
+                });
+            }
     }
 
-    void run(size_t request, size_t vector, size_t count) {
-        const size_t group = a.num_heads / a.cache.num_kv_heads;
-        const size_t token = a.query_start[request], tokens = a.query_start[request + 1] - token;
+    void attend(const AttentionTask& task) {
+        if (task.count > MAX_ROWS) attend<true>(task.count, task.head, task.heads);
+        else attend<false>(task.count, task.head, task.heads);
+    }
+
+    void run(const AttentionTask& task) {
+        const size_t group = a.num_heads / a.cache.num_kv_heads, rows = task.count * task.heads;
+        const size_t token = a.query_start[task.request], tokens = a.query_start[task.request + 1] - token;
         const size_t window = a.window ? a.window : SIZE_MAX / 2, whole = a.num_sinks + window;  // sees all keys below
-        auto position = [&](size_t r) { return a.seq_lens[request] - tokens + (vector + r) / group; };
+        auto vector = [&](size_t r) { return task.vector + r % task.count; };
+        auto position = [&](size_t r) { return a.seq_lens[task.request] - tokens + vector(r) / group; };
         auto offset = [&](size_t r) {  // in q and in out
-            return ((token + (vector + r) / group) * a.num_heads + kv_head * group + (vector + r) % group) * dim;
+            const size_t head = (task.head + r / task.count) * group + vector(r) % group;
+            return ((token + vector(r) / group) * a.num_heads + head) * dim;
         };
         auto load_queries = [&](const float* from) {
-            for (size_t r = 0; r < count; r++)
-                for (size_t d = 0; d < dim; d++) q[r * dim + d] = from[offset(r) + d] * a.scale;
+            for (size_t r = 0; r < rows; r++)
+                for (size_t d = 0, at = offset(r); d < dim; d++) q[r * dim + d] = from[at + d] * a.scale;
         };
-        for (size_t r = 0; r < count; r++) {
+        for (size_t r = 0; r < rows; r++) {
             highest[r] = -__FLT_MAX__;  // finite: hidden keys that come before all others weigh exp(-inf), nothing
             total[r] = broadcast(0.0f);
             for (size_t d = 0; d < padded; d++) acc[r * padded + d] = 0.0f;
         }
-        if (a.num_sinks && position(count - 1) >= whole) {
+        if (a.num_sinks && position(task.count - 1) >= whole) {
             load_queries(a.q_sink ? a.q_sink : a.q);
-            for (size_t r = 0; r < count; r++) first[r] = 0, end[r] = position(r) < whole ? 0 : a.num_sinks;
-            attend(count);
+            for (size_t r = 0; r < rows; r++) first[r] = 0, end[r] = position(r) < whole ? 0 : a.num_sinks;
+            attend(task);
         }
         load_queries(a.q);
-        for (size_t r = 0; r < count; r++) {
+        for (size_t r = 0; r < rows; r++) {
             first[r] = position(r) < whole ? 0 : position(r) + 1 - window;
             end[r] = position(r) + 1;
         }
-        attend(count);
-        for (size_t r = 0; r < count; r++) {
+        attend(task);
+        for (size_t r = 0; r < rows; r++) {
             f32x16 share = broadcast(1.0f / sum(total[r]));
+            const float* sums = acc + r * padded;
+            float* to = a.out + offset(r);
             for (size_t d = 0; d < dim; d += 16)
-                store_part(a.out + offset(r) + d, mul(load(acc + r * padded + d), share), dim - d);
+                store_part(to + d, mul(in_order(load(sums + d), (const W*)nullptr), share), dim - d);
         }
     }
 };
 
-// Tasks are (request, tile of its query vectors, kv head), last first: the late tiles of a prefill see the most keys.
+// Tiles of a request's query vectors, one kv head each; or all heads of a request that has few, where there are requests
+// enough for all threads: its blocks are read in one piece. Last first: the late tiles of a prefill see the most keys.
 void paged_attention(const AttentionParams* params) {
     const AttentionParams& a = *params;
     const size_t kv_heads = a.cache.num_kv_heads, group = a.num_heads / kv_heads;
+    const bool many = a.num_requests >= 4 * tr_num_threads();
     auto vectors = [&](size_t b) { return size_t(a.query_start[b + 1] - a.query_start[b]) * group; };
-    auto* first_tile = static_cast<size_t*>(__builtin_alloca((a.num_requests + 1) * sizeof(size_t)));
-    first_tile[0] = 0;
-    for (int64_t b = 0; b < a.num_requests; b++) first_tile[b + 1] = first_tile[b] + (vectors(b) + TILE - 1) / TILE;
-    const size_t tasks = first_tile[a.num_requests] * kv_heads;
-    parallel_for(tasks, [&](size_t task) {
-        size_t index = (tasks - 1 - task) / kv_heads, head = (tasks - 1 - task) % kv_heads;
+    auto heads = [&](size_t b) { return many && vectors(b) * kv_heads <= TILE ? kv_heads : 1; };
+    auto* first_task = static_cast<size_t*>(__builtin_alloca((a.num_requests + 1) * sizeof(size_t)));
+    first_task[0] = 0;
+    for (int64_t b = 0; b < a.num_requests; b++)
+        first_task[b + 1] = first_task[b] + (vectors(b) + TILE - 1) / TILE * (kv_heads / heads(b));
+    const size_t tasks = first_task[a.num_requests];
+    parallel_for(tasks, [&](size_t i) {
+        const size_t index = tasks - 1 - i;
         size_t low = 0, high = a.num_requests;
         while (high - low > 1) {
             size_t middle = (low + high) / 2;
-            (first_tile[middle] <= index ? low : high) = middle;
+            (first_task[middle] <= index ? low : high) = middle;
         }
-        size_t first = (index - first_tile[low]) * TILE, count = least(vectors(low) - first, TILE);
-        if (a.cache.type == INT8) AttentionTile<int8_t>(a, low, head).run(low, first, count);
-        else if (a.cache.type == BFLOAT16) AttentionTile<bf16>(a, low, head).run(low, first, count);
-        else AttentionTile<float>(a, low, head).run(low, first, count);
+        const size_t parts = kv_heads / heads(low), tile = (index - first_task[low]) / parts * TILE;
+        const AttentionTask task{low, tile, least(vectors(low) - tile, TILE), (index - first_task[low]) % parts, heads(low)};
+        if (a.cache.type == INT8) AttentionTile<int8_t>(a, low).run(task);
+        else if (a.cache.type == BFLOAT16) AttentionTile<bf16>(a, low).run(task);
+        else AttentionTile<float>(a, low).run(task);
     });
 }
 

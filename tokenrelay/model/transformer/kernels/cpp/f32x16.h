@@ -57,6 +57,8 @@ TR_INLINE f32x16 load(const bf16* p) {
 TR_INLINE f32x16 load(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
+template <class W> TR_INLINE f32x16 load_shuffled(const W* p) { return load(p); }
+template <class W> TR_INLINE f32x16 in_order(f32x16 a, const W*) { return a; }
 TR_INLINE f32x16 load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 TR_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
 TR_INLINE f32x16 broadcast(float x) { return {_mm512_set1_ps(x)}; }
@@ -91,6 +93,18 @@ TR_INLINE __m256 load_half(const int8_t* p) {
 }
 TR_INLINE f32x16 load(const bf16* p) { return {load_half(p), load_half(p + 8)}; }
 TR_INLINE f32x16 load(const int8_t* p) { return {load_half(p), load_half(p + 8)}; }
+// Two instructions instead of four: the even elements, then the odd ones.
+TR_INLINE f32x16 load_shuffled(const bf16* p) {
+    __m256i pairs = _mm256_loadu_si256((const __m256i*)p);
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))))};
+}
+template <class W> TR_INLINE f32x16 load_shuffled(const W* p) { return load(p); }
+TR_INLINE f32x16 in_order(f32x16 a, const bf16*) {
+    __m256 low = _mm256_unpacklo_ps(a.lo, a.hi), high = _mm256_unpackhi_ps(a.lo, a.hi);
+    return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+}
+template <class W> TR_INLINE f32x16 in_order(f32x16 a, const W*) { return a; }
 TR_INLINE f32x16 load_f16(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
 }
@@ -131,6 +145,8 @@ template <class F> TR_INLINE f32x16 each(F f) {
     return out;
 }
 template <class W> TR_INLINE f32x16 load(const W* p) { return each([=](int i) { return widen(p[i]); }); }
+template <class W> TR_INLINE f32x16 load_shuffled(const W* p) { return load(p); }
+template <class W> TR_INLINE f32x16 in_order(const f32x16& a, const W*) { return a; }
 TR_INLINE f32x16 load_f16(const uint16_t* p) { return each([=](int i) { return widen_f16(p[i]); }); }
 TR_INLINE void store(float* p, const f32x16& a) { __builtin_memcpy(p, a.v, sizeof a.v); }
 TR_INLINE f32x16 broadcast(float x) { return each([=](int) { return x; }); }

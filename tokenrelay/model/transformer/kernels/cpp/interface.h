@@ -16,6 +16,7 @@ struct KVCache {
     void* values;         // [blocks, KV, block_size, D rounded up to 16]
     float* key_scales;    // [blocks, KV, block_size]; null unless INT8
     float* value_scales;  // the same
+    int64_t key_stride, value_stride;  // elements from block to block
     int64_t num_kv_heads, head_dim, block_size, type;
 };
 
@@ -121,5 +122,6 @@ struct Kernels {
 
 extern const Kernels tr_portable_kernels, tr_avx2_kernels, tr_avx512_kernels;
 
-// Runs task(context, i) for every i in [0, count), on the pool; the caller takes part. Defined in dispatch.cpp.
+// Defined in dispatch.cpp. Runs task(context, i) for every i in [0, count), on the pool; the caller takes part.
+extern "C" int tr_num_threads();
 void tr_parallel_for(int64_t count, void (*task)(void*, int64_t), void* context);

@@ -145,9 +145,11 @@ template <class W> void write_token(const RotateParams& a, size_t token) {
     for (size_t h = 0; h < kv_heads; h++, from += dim) {
         float turned[MAX_HEAD_DIM];
         rotate(from, angles, turned, dim);
-        size_t head = block * kv_heads + h, slot = head * size + offset;
-        write_vector(turned, dim, (W*)cache.keys + head * dim * size + offset, size, cache.key_scales, slot);
-        write_vector(from + kv_heads * dim, dim, (W*)cache.values + slot * padded, 1, cache.value_scales, slot);
+        W* keys = (W*)cache.keys + block * cache.key_stride + h * dim * size + offset;
+        W* values = (W*)cache.values + block * cache.value_stride + (h * size + offset) * padded;
+        const size_t slot = (block * kv_heads + h) * size + offset;
+        write_vector(turned, dim, keys, size, cache.key_scales, slot);
+        write_vector(from + kv_heads * dim, dim, values, 1, cache.value_scales, slot);
     }
 }
 
