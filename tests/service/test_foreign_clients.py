@@ -73,7 +73,9 @@ class TestAnthropic:
     def test_a_prefilled_answer_is_continued(self, claude: Anthropic) -> None:
         turns: Any = [{"role": "user", "content": "Count to ten."}, {"role": "assistant", "content": "1, 2, 3,"}]
         message = claude.messages.create(model=MODEL, max_tokens=6, messages=turns, extra_body=GREEDY)
-        assert message.content[0].to_dict()["text"].startswith(" 4, 5")
+        [block] = message.content
+        assert block.type == "text"
+        assert block.text.startswith(" 4, 5")
 
     def test_an_error_is_of_its_class(self, claude: Anthropic) -> None:
         image: Any = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}
