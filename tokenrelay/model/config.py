@@ -72,6 +72,15 @@ class ModelConfig:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def num_weights(self) -> int:
+        """Of its matrices: biases and norms are too few to matter."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        positions = self.max_position_embeddings * self.hidden_size if self.positions == "learned" else 0
+        attention = 2 * self.hidden_size * (self.q_size + self.kv_size)
+        mlp = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
+        return embeddings + positions + self.num_layers * (attention + mlp)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:

@@ -7,15 +7,18 @@ with ``gguf`` and ``safetensors`` behind it.
 from __future__ import annotations
 
 from tokenrelay.model.weights.config_reader import read_model_config
+from tokenrelay.model.weights.description import ModelDescription, describe
 from tokenrelay.model.weights.errors import CheckpointError, ModelSourceError
 from tokenrelay.model.weights.sources import ALIASES, ModelSource, default_cache_dir, known_models, pull, resolve
 
 __all__ = [
     "ALIASES",
     "CheckpointError",
+    "ModelDescription",
     "ModelSource",
     "ModelSourceError",
     "default_cache_dir",
+    "describe",
     "known_models",
     "pull",
     "read_model_config",

@@ -21,6 +21,8 @@ from tokenrelay.service.api.completion_format import CompletionFormat
 from tokenrelay.service.api.event_loop import client_gone, off_loop_if_large, race
 from tokenrelay.service.api.event_stream import EventStream, StreamFormat
 from tokenrelay.service.api.interim import InterimFormat, interim_frames
+from tokenrelay.service.api.ollama.ollama_format import PREFIX as OLLAMA
+from tokenrelay.service.api.ollama.ollama_format import OllamaChatFormat, OllamaGenerateFormat
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.messages import Submission
 from tokenrelay.service.terms import AnswerSpec, Route
@@ -43,13 +45,15 @@ _WIRES: Mapping[Route, _Wire] = {
     "chat": _Wire("chatcmpl-", ChatFormat),
     "completion": _Wire("cmpl-", CompletionFormat),
     "messages": _Wire(MESSAGE, MessagesFormat),
+    "ollama_chat": _Wire(OLLAMA, OllamaChatFormat),
+    "ollama_generate": _Wire(OLLAMA, OllamaGenerateFormat),
 }
 
 
 async def answer(request: Request, body: Body, submissions: Sequence[Submission], wording: Wording) -> Response:
     """Queue, then answer: a refusal is a proper HTTP status, since no response has begun."""
     api: ApiProcess = request.app.state.api
-    terms = terms_of(request, body, wording, submissions, api.model.tokenizer, api.settings.request_timeout_seconds)
+    terms = terms_of(request, body, wording, submissions, api.model, api.settings.request_timeout_seconds)
     choices = await Choices.start(api.generations, submissions, terms)
     if api.settings.log_prompts:
         prompts = [api.model.tokenizer.decode(submission.prompt_token_ids) for submission in submissions]

@@ -15,6 +15,8 @@ from tokenrelay.service.api.anthropic import routes as anthropic
 from tokenrelay.service.api.authentication import AuthenticationMiddleware
 from tokenrelay.service.api.error_handlers import add_error_handlers
 from tokenrelay.service.api.keyring import Keyring
+from tokenrelay.service.api.ollama import models as ollama_models
+from tokenrelay.service.api.ollama import routes as ollama
 from tokenrelay.service.api.openapi import add_openapi
 from tokenrelay.service.api.process import running
 from tokenrelay.service.api.request_id import RequestIdMiddleware
@@ -28,7 +30,7 @@ EXPOSED_HEADERS = [  # to a page's scripts
     *("Retry-After", "retry-after-ms", "x-should-retry"),
     *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
 ]
-PARTS = (chat, completions, anthropic, requests, models, usage, health)
+PARTS = (chat, completions, anthropic, ollama, ollama_models, requests, models, usage, health)
 
 
 def create_app(settings: Settings, model: ServedModel) -> FastAPI:

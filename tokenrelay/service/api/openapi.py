@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from tokenrelay import __version__
 from tokenrelay.service.api.anthropic.request import CountTokensRequest, MessagesRequest
 from tokenrelay.service.api.client_terms import IDEMPOTENCY_KEY, TIMEOUT
+from tokenrelay.service.api.ollama.request import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
 from tokenrelay.service.api.schemas.errors import ErrorBody
@@ -22,7 +23,10 @@ def _header(name: str, description: str, type: str = "string") -> dict[str, Any]
 
 
 _REF = "#/components/schemas/{model}"
-_BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest, MessagesRequest, CountTokensRequest)
+_BODIES: tuple[type[BaseModel], ...] = (
+    *(ChatCompletionRequest, CompletionRequest, MessagesRequest, CountTokensRequest),
+    *(OllamaChatRequest, OllamaGenerateRequest, ShowRequest),
+)
 
 _HEADERS = [
     _header(IDEMPOTENCY_KEY, "A request with the key of an earlier one, and its body, is answered with its answer."),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tokenrelay.service.api.anthropic import translation
 from tokenrelay.service.api.anthropic.request import MessagesRequest
+from tokenrelay.service.api.assistant.dialect import Dialect
 from tokenrelay.service.api.body import validate
+
+PLAIN = Dialect("", "", False, False, frozenset(), {})
+SWITCHABLE = replace(PLAIN, reasoning_format="think", variables=frozenset({"enable_thinking"}))
+THINKER = replace(PLAIN, reasoning_format="think")
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -15,6 +21,6 @@ def body(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def chat_fields(**fields: Any) -> dict[str, Any]:
+def chat_fields(dialect: Dialect = PLAIN, **fields: Any) -> dict[str, Any]:
     """The chat completion's fields that are set."""
-    return translation.chat_fields(validate(MessagesRequest, body(**fields)))
+    return translation.chat_fields(validate(MessagesRequest, body(**fields)), dialect)

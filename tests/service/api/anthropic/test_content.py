@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenrelay.service.api.anthropic.content import BlockEvents, content_blocks
@@ -27,12 +27,14 @@ DELTAS = st.lists(TEXTS.map(TextDelta).map(lambda d: [d]) | TEXTS.map(ReasoningD
 )
 
 
+@settings(deadline=None)
 @given(deltas=DELTAS, cuts=st.lists(st.integers(0, 20)))
 def test_the_events_of_any_stream_make_up_the_whole_answer(deltas: list[Delta], cuts: list[int]) -> None:
     events = streamed(deltas, cuts)
     assert replayed(events) == [block.model_dump() for block in content_blocks(deltas)]
 
 
+@settings(deadline=None)
 @given(deltas=DELTAS)
 def test_blocks_do_not_overlap_and_their_numbers_count_up(deltas: list[Delta]) -> None:
     events = streamed(deltas, [])

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from tests.service.api.anthropic.bodies import body, chat_fields
+from tests.service.api.anthropic.bodies import PLAIN, SWITCHABLE, THINKER, body, chat_fields
 from tokenrelay.service.api.anthropic.request import MessagesRequest
 from tokenrelay.service.api.anthropic.translation import WORDS, as_chat
+from tokenrelay.service.api.assistant.dialect import Dialect
 from tokenrelay.service.api.body import validate
 from tokenrelay.service.api.rewording import told_in
-from tokenrelay.service.errors import InvalidRequestError
+from tokenrelay.service.errors import InvalidRequestError, UnsupportedParameter
 
 EPHEMERAL = {"type": "ephemeral"}
 USER = {"role": "user", "content": "Hi"}
@@ -132,7 +133,32 @@ def test_tools_and_which_of_them(choice: dict[str, Any], expected: dict[str, Any
     ],
 )
 def test_thinking_is_the_templates_to_begin(thinking: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert chat_fields(thinking=thinking) == chat_fields() | expected
+    assert chat_fields(SWITCHABLE, thinking=thinking) == chat_fields() | expected
+
+
+@pytest.mark.parametrize(
+    ("dialect", "kind", "possible"),
+    [
+        (PLAIN, "enabled", False),
+        (PLAIN, "adaptive", True),
+        (PLAIN, "disabled", True),
+        (THINKER, "enabled", True),
+        (THINKER, "adaptive", True),
+        (THINKER, "disabled", False),
+    ],
+)
+def test_a_model_without_a_switch_is_asked_only_for_what_it_does(dialect: Dialect, kind: str, possible: bool) -> None:
+    if possible:
+        assert chat_fields(dialect, thinking={"type": kind}) == chat_fields()
+    else:
+        with pytest.raises(UnsupportedParameter, match="'thinking'"):
+            chat_fields(dialect, thinking={"type": kind})
+
+
+def test_the_last_turn_may_be_the_assistants_to_continue() -> None:
+    fields = chat_fields(messages=[USER, {"role": "assistant", "content": "The"}])
+    assert fields["continue_final_message"] is True
+    assert fields["messages"][-1] == {"role": "assistant", "content": "The"}
 
 
 def test_an_output_format_is_a_response_format() -> None:
@@ -152,7 +178,6 @@ def test_an_output_format_is_a_response_format() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "user", "content": [{"type": "mystery"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
-        ({"messages": [USER, {"role": "assistant", "content": "I"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [CALL]}]}, "messages"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type"),
@@ -163,7 +188,7 @@ def test_an_output_format_is_a_response_format() -> None:
 )
 def test_what_cannot_be_done_is_refused_by_its_own_name(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequestError) as refusal, told_in(WORDS):
-        as_chat(validate(MessagesRequest, body(**fields)))
+        as_chat(validate(MessagesRequest, body(**fields)), PLAIN)
     assert refusal.value.param == param
     assert f"'{param}'" in refusal.value.message
 

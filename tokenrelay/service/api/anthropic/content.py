@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from tokenrelay.service.api.anthropic.message import (
     ContentBlock,
@@ -19,6 +17,7 @@ from tokenrelay.service.api.anthropic.message import (
     ThinkingDeltaPart,
     ToolUseBlock,
 )
+from tokenrelay.service.api.assistant.arguments import arguments_object
 from tokenrelay.service.api.assistant.deltas import Delta, ReasoningDelta, TextDelta, ToolCallDelta
 
 
@@ -83,13 +82,4 @@ def _whole(group: Sequence[Delta]) -> ContentBlock:
         return TextBlock(type="text", text=text)
     if isinstance(block, ThinkingBlock):
         return ThinkingBlock(type="thinking", thinking=text, signature="")
-    return ToolUseBlock(type="tool_use", id=block.id, name=block.name, input=_input(text))
-
-
-def _input(arguments: str) -> dict[str, Any]:
-    """What is not a JSON object, as when max_tokens cut it off, is kept as text, under Anthropic's name for that."""
-    try:
-        parsed = json.loads(arguments or "{}")
-    except ValueError:
-        parsed = None
-    return parsed if isinstance(parsed, dict) else {"INVALID_JSON": arguments}
+    return ToolUseBlock(type="tool_use", id=block.id, name=block.name, input=arguments_object(text))

@@ -7,12 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from tokenrelay.service.api.schemas.chat import MAX_MESSAGES, MAX_PARTS
+from tokenrelay.service.api.schemas.chat import MAX_MESSAGES
+from tokenrelay.service.api.schemas.messages import MAX_PARTS
 from tokenrelay.service.api.schemas.not_built import Neutral
 from tokenrelay.service.api.schemas.request import MAX_STOP_STRINGS, StopString
 from tokenrelay.service.api.schemas.request_schema import RequestSchema
-
-MAX_TOOLS = 128
+from tokenrelay.service.api.schemas.tools import MAX_TOOLS
 
 _NO_EFFECT = "Has no effect: equal beginnings of prompts are always cached, and cost nothing."
 _IN_BODIES: Neutral = {

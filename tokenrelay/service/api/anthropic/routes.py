@@ -14,7 +14,7 @@ from tokenrelay.service.api.anthropic.message import AnthropicMessage, InputToke
 from tokenrelay.service.api.anthropic.request import CountTokensRequest, MessagesRequest
 from tokenrelay.service.api.anthropic.translation import WORDS, as_chat, as_prompt
 from tokenrelay.service.api.body import json_body
-from tokenrelay.service.api.dependencies import AdmissionDep, RelayId
+from tokenrelay.service.api.dependencies import AdmissionDep, Model, RelayId
 from tokenrelay.service.api.openapi import documented
 from tokenrelay.service.api.rewording import told_in
 from tokenrelay.service.api.room import require_room
@@ -27,21 +27,21 @@ async def create_message(
     request: Request,
     body: Annotated[MessagesRequest, Depends(json_body(MessagesRequest))],
     admission: AdmissionDep,
+    model: Model,
     relay_id: RelayId,
 ) -> Response:
     """Anthropic's Messages. With ``stream=true``, its events come as server-sent events while they are generated."""
     await require_room(request)
     with told_in(WORDS):
-        chat = as_chat(body)
+        chat = as_chat(body, model.dialect)
         submissions = await admission.chat(chat, relay_id, fit=True)
     return await answer(request, chat, submissions, Wording("messages", {"max_tokens": body.max_tokens}))
 
 
 @router.post("/v1/messages/count_tokens", **documented(CountTokensRequest, InputTokens, AnthropicErrorBody))
 async def count_tokens(
-    body: Annotated[CountTokensRequest, Depends(json_body(CountTokensRequest))], admission: AdmissionDep
+    body: Annotated[CountTokensRequest, Depends(json_body(CountTokensRequest))], admission: AdmissionDep, model: Model
 ) -> InputTokens:
     """How many tokens the model would read."""
     with told_in(WORDS):
-        prompt = await admission.chat_prompt(as_prompt(body))
-    return InputTokens(input_tokens=len(prompt))
+        return InputTokens(input_tokens=await admission.count_tokens(as_prompt(body, model.dialect)))

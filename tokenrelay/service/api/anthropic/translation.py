@@ -13,11 +13,14 @@ from tokenrelay.service.api.anthropic.request import (
     MessagesRequest,
     TextBlockParam,
     ThinkingBlockParam,
+    ThinkingParam,
     ToolChoiceParam,
     ToolParam,
     ToolResultBlockParam,
     ToolUseBlockParam,
 )
+from tokenrelay.service.api.assistant.dialect import Dialect
+from tokenrelay.service.api.assistant.thinking import SWITCH, thinking_switch
 from tokenrelay.service.api.body import validate
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.errors import InvalidRequestError
@@ -32,20 +35,20 @@ WORDS = {
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def as_chat(body: MessagesRequest) -> ChatCompletionRequest:
+def as_chat(body: MessagesRequest, dialect: Dialect) -> ChatCompletionRequest:
     """Raises InvalidRequestError."""
-    return validate(ChatCompletionRequest, chat_fields(body))
+    return validate(ChatCompletionRequest, chat_fields(body, dialect))
 
 
-def as_prompt(body: CountTokensRequest) -> ChatCompletionRequest:
+def as_prompt(body: CountTokensRequest, dialect: Dialect) -> ChatCompletionRequest:
     """Only what the model would read. Raises InvalidRequestError."""
-    return validate(ChatCompletionRequest, _set(_prompt(body)))
+    return validate(ChatCompletionRequest, _set(_prompt(body, dialect)))
 
 
-def chat_fields(body: MessagesRequest) -> dict[str, Any]:
+def chat_fields(body: MessagesRequest, dialect: Dialect) -> dict[str, Any]:
     """What it says in a chat completion's words."""
     return _set(
-        _prompt(body)
+        _prompt(body, dialect)
         | {
             "max_tokens": body.max_tokens,
             "stop": body.stop_sequences,
@@ -64,7 +67,7 @@ def _set(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _prompt(body: CountTokensRequest) -> dict[str, Any]:
+def _prompt(body: CountTokensRequest, dialect: Dialect) -> dict[str, Any]:
     choice = body.tool_choice
     return {
         "model": body.model,
@@ -72,8 +75,15 @@ def _prompt(body: CountTokensRequest) -> dict[str, Any]:
         "tools": [_tool(tool) for tool in body.tools or ()] or None,
         "tool_choice": _tool_choice(choice) if choice else None,
         "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
-        "chat_template_kwargs": {"enable_thinking": body.thinking.type != "disabled"} if body.thinking else None,
+        "continue_final_message": True if body.messages[-1].role == "assistant" else None,
+        "chat_template_kwargs": _thinking(body.thinking, dialect) or None,
     }
+
+
+def _thinking(given: ThinkingParam | None, dialect: Dialect) -> dict[str, Any]:
+    if given is None or (given.type == "adaptive" and SWITCH not in dialect.variables):
+        return {}
+    return thinking_switch(given.type != "disabled", dialect, "thinking")
 
 
 def _system(body: CountTokensRequest) -> Iterator[dict[str, Any]]:
@@ -83,10 +93,6 @@ def _system(body: CountTokensRequest) -> Iterator[dict[str, Any]]:
 
 def _conversation(messages: Sequence[MessageParam]) -> Iterator[dict[str, Any]]:
     """Turns of the same side are one. Raises InvalidRequestError."""
-    if messages[-1].role == "assistant":
-        raise InvalidRequestError(
-            "'messages': an assistant's turn is not continued by this server; end with a user's.", param="messages"
-        )
     for role, turns in groupby(messages, lambda message: message.role):
         blocks = list(chain.from_iterable(turn.blocks for turn in turns))
         yield from [_assistant(blocks)] if role == "assistant" else _user(role, blocks)
