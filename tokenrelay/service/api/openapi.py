@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from tokenrelay import __version__
+from tokenrelay.service.api.anthropic.request import CountTokensRequest, MessagesRequest
 from tokenrelay.service.api.client_terms import IDEMPOTENCY_KEY, TIMEOUT
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
@@ -21,25 +22,31 @@ def _header(name: str, description: str, type: str = "string") -> dict[str, Any]
 
 
 _REF = "#/components/schemas/{model}"
-_BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest)
+_BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest, MessagesRequest, CountTokensRequest)
 
 _HEADERS = [
     _header(IDEMPOTENCY_KEY, "A request with the key of an earlier one, and its body, is answered with its answer."),
     _header(TIMEOUT, "Seconds until the request must be done, its time in the queue included.", type="number"),
 ]
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request is at fault; the message says how."},
-    "5XX": {"model": ErrorBody, "description": "The server is at fault; Retry-After says when to try again."},
-}
+
+def errors(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """In this shape."""
+    return {
+        "4XX": {"model": body, "description": "The request is at fault; the message says how."},
+        "5XX": {"model": body, "description": "The server is at fault; Retry-After says when to try again."},
+    }
 
 
-def documented(body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
+ERRORS = errors(ErrorBody)
+
+
+def documented(body: type[BaseModel], answer: type[BaseModel], error: type[BaseModel] = ErrorBody) -> dict[str, Any]:
     """The arguments of a route decorator that describe its body and its answers."""
     content = {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}}
     return {
         "response_model": None,
-        "responses": {200: {"model": answer, "description": "The answer, if it is not streamed."}, **ERRORS},
+        "responses": {200: {"model": answer, "description": "The answer, if it is not streamed."}, **errors(error)},
         "openapi_extra": {"requestBody": {"required": True, "content": content}, "parameters": _HEADERS},
     }
 
