@@ -12,7 +12,7 @@ serve: $(VENV)/.installed ## start everything on this machine; SERVE="--port 900
 test: lint types ## lint, types and the default suite
 	$(BIN)/python -m pytest
 
-test-long: $(VENV)/.installed-dev ## chaos and fuzz runs of many minutes
+test-long: $(VENV)/.installed-clients ## chaos and fuzz runs of many minutes
 	$(BIN)/python -m pytest -m long --timeout 3600
 
 lint: $(VENV)/.installed-dev
@@ -35,6 +35,10 @@ $(VENV)/.installed: pyproject.toml setup.py $(NATIVE)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-clients: $(VENV)/.installed-dev
+	$(BIN)/pip install --disable-pip-version-check -e '.[clients]'
 	touch $@
 
 clean:

@@ -70,10 +70,6 @@ class Admission:
         _require_at_most(body.n or 1, self._max_n, "n", "choices per prompt")
         _require_at_most(body.num_generated, self._max_n, "best_of", "choices per prompt")
 
-    def _prompt_and_structure(self, body: ChatCompletionRequest) -> tuple[list[int], Structure | None]:
-        """Of a chat: its tokens, and what the answer must be."""
-        return encode_chat(self._model, body), structure_of(body, self._model.dialect)
-
     def _encoder(self, body: CompletionRequest) -> Callable[[], list[list[int]]]:
         add_special_tokens = body.add_special_tokens is not False
         return lambda: [_encode_prompt(self._model.tokenizer, prompt, add_special_tokens) for prompt in body.prompts]
