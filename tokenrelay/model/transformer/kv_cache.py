@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -74,9 +75,9 @@ def _apart(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.
 
 def _side_by_side(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """A block's keys and values next to each other: memory is read the faster, the longer the stretch."""
-    sizes = [math.prod(shape[1:]) for shape in shapes]
-    whole = _zeros((shapes[0][0], sum(sizes)), dtype, device)
-    return [part.view(shape) for part, shape in zip(whole.split(sizes, dim=1), shapes, strict=True)]
+    ends = list(accumulate((math.prod(shape[1:]) for shape in shapes), initial=0))
+    whole = _zeros((shapes[0][0], ends[-1]), dtype, device)
+    return [whole[:, start:end].view(shape) for (start, end), shape in zip(pairwise(ends), shapes, strict=True)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
