@@ -72,18 +72,20 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Terms(NamedTuple):
     """What is submitted together with a request. ``timeout`` is in seconds; 0: none.
 
-    ``fingerprint`` identifies the body that an idempotency key stands for.
+    ``fingerprint`` identifies the body that an idempotency key stands for. ``retention``: seconds to keep the finished
+    log, if longer than usual.
     """
 
     answer: AnswerSpec | None = None
     timeout: float = 0.0
     idempotency_key: str = ""
     fingerprint: str = ""
+    retention: float = 0.0
 
     @property
     def encoded(self) -> bytes:
         answer = encode(self.answer) if self.answer else b""
-        return encode([packed(answer), round(self.timeout * 1000), self.fingerprint])
+        return encode([packed(answer), round(self.timeout * 1000), self.fingerprint, round(self.retention * 1000)])
 
 
 NO_TERMS = Terms()

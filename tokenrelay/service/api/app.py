@@ -13,6 +13,7 @@ from tokenrelay.service.api.error_handlers import add_error_handlers
 from tokenrelay.service.api.openapi import add_openapi
 from tokenrelay.service.api.process import running
 from tokenrelay.service.api.request_id import RequestIdMiddleware
+from tokenrelay.service.api.responses import routes as responses
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.metrics import ApiMetrics, new_registry
 from tokenrelay.service.settings import Settings
@@ -32,6 +33,6 @@ def create_app(settings: Settings, model: ServedModel) -> FastAPI:
     app.add_middleware(RequestIdMiddleware)
     add_error_handlers(app)
     add_openapi(app)
-    for part in (chat, completions, requests, models, health):
+    for part in (chat, completions, responses, requests, models, health):
         app.include_router(part.router)
     return app

@@ -14,6 +14,8 @@ from tokenrelay.service.api.admission import Admission
 from tokenrelay.service.api.generation import Generations
 from tokenrelay.service.api.queue_watch import QueueWatch
 from tokenrelay.service.api.readiness import Readiness
+from tokenrelay.service.api.responses.archive import ResponseArchive
+from tokenrelay.service.api.responses.store import ResponseStore
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.structured import Grammars
 from tokenrelay.service.broker import connect
@@ -42,6 +44,7 @@ class ApiProcess:
     generations: Generations
     records: RequestRecords
     token_log: TokenLog
+    responses: ResponseArchive
     readiness: Readiness
     watch: QueueWatch
     crippled: asyncio.Event = field(default_factory=asyncio.Event)  # a background task died: it can serve nobody
@@ -71,6 +74,7 @@ async def running(settings: Settings, model: ServedModel, metrics: ApiMetrics) -
         generations=Generations(queue, mailbox, records, metrics, settings.disconnect_grace_seconds),
         records=records,
         token_log=token_log,
+        responses=ResponseArchive(ResponseStore(redis, keys, settings), records, token_log, mailbox, model.tokenizer),
         readiness=Readiness(Registry(redis, keys, settings)),
         watch=QueueWatch(queue.load),
     )
@@ -80,6 +84,7 @@ async def running(settings: Settings, model: ServedModel, metrics: ApiMetrics) -
     try:
         yield process
         await process.generations.aclose(FAREWELL_SECONDS)
+        await process.responses.aclose()
     finally:
         for duty in duties:
             duty.remove_done_callback(process.note_death)

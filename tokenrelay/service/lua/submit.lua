@@ -1,14 +1,14 @@
 -- Accept a request, once per request id and per idempotency key.
 -- KEYS: request, waiting, leases, fair, idempotency key (the request again if the caller gave none)
 -- ARGV: prefix, id, payload, mailbox, tenant, cost, priority, msgpack of the limits,
---       msgpack of {how to answer, timeout in ms or 0, fingerprint of the body}
+--       msgpack of {how to answer, timeout in ms or 0, fingerprint of the body, retention in ms or 0 for the usual}
 -- Returns {'created' | 'existing', position, id}, {'mismatch'} if the key stands for another body, or what `refusal`
 -- returns
 -- Start-time fair queueing: a tenant's request starts at its previous one's virtual finish, but not in the past.
 
 local request, waiting, leases, fair, idempotency = unpack(KEYS)
 local _, id, payload, mailbox, tenant, cost, priority, limits, terms = unpack(ARGV)
-local answer, timeout_ms, fingerprint = unpack(cmsgpack.unpack(terms))
+local answer, timeout_ms, fingerprint, retention_ms = unpack(cmsgpack.unpack(terms))
 local keyed = idempotency ~= request
 local CLASS = 2 ^ 44  -- room of one priority class in the score: 17 trillion tokens of virtual time
 
@@ -56,6 +56,7 @@ redis.call('HSET', request, 'payload', payload, 'state', 'waiting', 'owner', '',
   'idempotency', keyed and idempotency or '', 'version', VERSION,
   'answer', answer, 'fingerprint', fingerprint, 'readers', mailbox)
 note(id, 'queued')
+if retention_ms > 0 then redis.call('HSET', request, 'retention', retention_ms) end
 if timeout_ms > 0 then
   redis.call('HSET', request, 'deadline', now + timeout_ms)
   redis.call('ZADD', prefix .. 'deadlines', now + timeout_ms, id)
