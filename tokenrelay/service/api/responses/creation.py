@@ -25,18 +25,19 @@ from tokenrelay.service.api.responses.response_format import ResponseFormat
 from tokenrelay.service.api.responses.translation import as_chat, echo, in_our_words
 from tokenrelay.service.errors import BrokerUnavailable, InvalidRequestError, NotFoundError
 from tokenrelay.service.messages import Submission
+from tokenrelay.service.tenants import Tenant
 from tokenrelay.service.terms import Terms
 
 JSON = "application/json"
 
 
-async def create(request: Request, body: ResponsesRequest, tenant: str, relay_id: str) -> HttpResponse:
+async def create(request: Request, body: ResponsesRequest, tenant: Tenant, relay_id: str) -> HttpResponse:
     """Queue, then answer: a refusal is a proper HTTP status, since no response has begun."""
     api: ApiProcess = request.app.state.api
     conversation = await _conversation(api, body, tenant, relay_id)
-    [submission], [terms] = await _admitted(request, body, conversation, relay_id)
+    [submission], [terms] = await _admitted(request, body, conversation, tenant, relay_id)
     if body.stores:
-        await api.responses.store.put(relay_id, tenant, conversation)
+        await api.responses.store.put(relay_id, tenant.name, conversation)
         terms = terms._replace(retention=api.settings.response_ttl_seconds)
     choices = await _begun(api, submission, terms, relay_id)
     headers = headers_of(api, choices) | ({"Idempotent-Replayed": "true"} if choices.joined else {})
@@ -52,7 +53,7 @@ def stream(api: ApiProcess, choices: Choices, headers: dict[str, str], starting_
     return EventStream(choices, answer_format, api.generations, api.settings.keep_alive_seconds, headers)
 
 
-async def _conversation(api: ApiProcess, body: ResponsesRequest, tenant: str, relay_id: str) -> list[Item]:
+async def _conversation(api: ApiProcess, body: ResponsesRequest, tenant: Tenant, relay_id: str) -> list[Item]:
     """All that the response is made from, but for the instructions."""
     previous = body.previous_response_id
     earlier = await _items(api, previous, tenant, "previous_response_id") if previous else []
@@ -67,11 +68,11 @@ async def _conversation(api: ApiProcess, body: ResponsesRequest, tenant: str, re
     return [*earlier, *as_kept(body.input, relay_id, known)]
 
 
-async def _items(api: ApiProcess, response_id: str, tenant: str, param: str) -> list[Item]:
+async def _items(api: ApiProcess, response_id: str, tenant: Tenant, param: str) -> list[Item]:
     """A stored response's input and output. Raises InvalidRequestError, which names ``param``."""
     relay_id = response_id.removeprefix(PREFIX)
     try:
-        stored = await api.responses.store.get(relay_id, tenant)
+        stored = await api.responses.store.get(relay_id, tenant.name)
         response: dict[str, Any] = json.loads(await api.responses.response(relay_id, stored))
     except NotFoundError:
         raise _unknown(param) from None
@@ -87,13 +88,13 @@ def _unknown(param: str) -> InvalidRequestError:
 
 
 async def _admitted(
-    request: Request, body: ResponsesRequest, conversation: Sequence[Item], relay_id: str
+    request: Request, body: ResponsesRequest, conversation: Sequence[Item], tenant: Tenant, relay_id: str
 ) -> tuple[list[Submission], list[Terms]]:
     api: ApiProcess = request.app.state.api
     chat = as_chat(body, conversation)
     wording = Wording("responses", {"response": echo(body)})
     with in_our_words():
-        submissions = await api.admission.chat(chat, relay_id)
+        submissions = await api.admission.of(tenant).chat(chat, relay_id)
         timeout = api.settings.request_timeout_seconds
         return submissions, terms_of(request, chat, wording, submissions, api.model.tokenizer, timeout)
 
@@ -113,11 +114,11 @@ async def _begun(api: ApiProcess, submission: Submission, terms: Terms, relay_id
     return choices
 
 
-async def _at_once(api: ApiProcess, choices: Choices, tenant: str) -> str | bytes:
+async def _at_once(api: ApiProcess, choices: Choices, tenant: Tenant) -> str | bytes:
     """What there is to say before anything happened; or, of a repetition, what has become of the first."""
     await choices.close()  # it goes on
     if choices.joined:
-        stored = await api.responses.store.get(choices.relay_id, tenant)
+        stored = await api.responses.store.get(choices.relay_id, tenant.name)
         return await api.responses.response(choices.relay_id, stored)
     return _json(_events(api, choices))
 

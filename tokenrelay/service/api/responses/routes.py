@@ -15,7 +15,7 @@ from tokenrelay.service.api.answering import headers_of
 from tokenrelay.service.api.body import json_body
 from tokenrelay.service.api.choices import Choices
 from tokenrelay.service.api.cursor import Cursor
-from tokenrelay.service.api.dependencies import Api, RelayId
+from tokenrelay.service.api.dependencies import Api, RelayId, TenantDep
 from tokenrelay.service.api.generation import FAREWELL_SECONDS
 from tokenrelay.service.api.openapi import ERRORS, documented
 from tokenrelay.service.api.process import ApiProcess
@@ -26,17 +26,10 @@ from tokenrelay.service.api.responses.request import ResponsesRequest
 from tokenrelay.service.api.responses.store import StoredResponse, unknown_response
 from tokenrelay.service.api.room import require_room
 from tokenrelay.service.errors import InvalidRequestError, NotFoundError
-from tokenrelay.service.messages import DEFAULT_TENANT
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
 MAX_LISTED = 100
 _ID = re.compile(PREFIX + "([0-9a-f]{32})")
-
-
-async def _tenant(request: Request) -> str:
-    """Who asks: nobody else's responses exist for them."""
-    tenant = getattr(request.state, "tenant", None)
-    return str(tenant.name) if tenant else DEFAULT_TENANT
 
 
 async def _relay_id(id: str) -> str:
@@ -46,12 +39,11 @@ async def _relay_id(id: str) -> str:
     return match[1]
 
 
-TenantName = Annotated[str, Depends(_tenant)]
 Addressed = Annotated[str, Depends(_relay_id)]
 
 
-async def _stored(api: Api, relay_id: Addressed, tenant: TenantName) -> StoredResponse:
-    return await api.responses.store.get(relay_id, tenant)
+async def _stored(api: Api, relay_id: Addressed, tenant: TenantDep) -> StoredResponse:
+    return await api.responses.store.get(relay_id, tenant.name)
 
 
 Stored = Annotated[StoredResponse, Depends(_stored)]
@@ -61,7 +53,7 @@ Stored = Annotated[StoredResponse, Depends(_stored)]
 async def create_response(
     request: Request,
     body: Annotated[ResponsesRequest, Depends(json_body(ResponsesRequest))],
-    tenant: TenantName,
+    tenant: TenantDep,
     relay_id: RelayId,
 ) -> HttpResponse:
     """Answer a text or a conversation. With ``background=true`` at once, to be asked about later."""
@@ -96,7 +88,7 @@ async def _followed(api: ApiProcess, relay_id: str, starting_after: int) -> Http
 
 
 @router.post("/{id}/cancel", response_model=Response, responses=ERRORS)
-async def cancel_response(api: Api, relay_id: Addressed, stored: Stored, tenant: TenantName) -> HttpResponse:
+async def cancel_response(api: Api, relay_id: Addressed, stored: Stored, tenant: TenantDep) -> HttpResponse:
     """End it, wherever it is; what was written so far stays. May be repeated."""
     status = await _status(api, relay_id, stored)
     if status in ("queued", "in_progress"):
@@ -106,7 +98,7 @@ async def cancel_response(api: Api, relay_id: Addressed, stored: Stored, tenant:
                 await api.responses.end(relay_id)
     elif status != "cancelled":
         raise InvalidRequestError(f"A response that is {status} cannot be cancelled.")
-    stored = await api.responses.store.get(relay_id, tenant)
+    stored = await api.responses.store.get(relay_id, tenant.name)
     return HttpResponse(await api.responses.response(relay_id, stored), media_type=JSON)
 
 
