@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from tests.service.api.keyed import KeyFile, asking_as, keyed
 from tests.service.api.responses.openai_events import require_whole
 from tests.service.api.responses.test_responses import URL, events_in, streamed
 from tests.service.api.serving import PacedWorker, Server, api_process, refused, serving, words, working
@@ -23,6 +25,7 @@ from tokenrelay.service.keys import Keys
 from tokenrelay.service.settings import Settings
 
 Fields = dict[str, Any]
+PATHS = [("GET", ""), ("GET", "?stream=true"), ("POST", "/cancel"), ("DELETE", ""), ("GET", "/input_items")]
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +253,7 @@ async def test_deleted_it_is_gone_with_all_it_was_made_from(
 async def test_what_is_not_stored_is_not_there(server: Server, http: httpx.AsyncClient, worker: PacedWorker) -> None:
     response = await created(http, server, store=False)
     assert response["store"] is False
-    for method, path in (("GET", ""), ("POST", "/cancel"), ("DELETE", ""), ("GET", "/input_items")):
+    for method, path in PATHS:
         refused(await http.request(method, f"{URL}/{response['id']}{path}"), 404)
 
 
@@ -259,13 +262,23 @@ async def test_what_never_was_is_not_there(http: httpx.AsyncClient, id: str) -> 
     refused(await http.get(f"{URL}/{id}"), 404)
 
 
-async def test_another_tenants_response_does_not_exist(url: str) -> None:
-    async with connect(url) as redis:
-        store = ResponseStore(redis, Keys("m"), Settings())
-        await store.put("a", "alice", [])
-        assert (await store.get("a", "alice")).input == []
-        with pytest.raises(NotFoundError):
-            await store.get("a", "bob")
+async def test_another_tenants_response_does_not_exist(
+    api_settings: Settings, served_model: ServedModel, tmp_path: Path
+) -> None:
+    file = KeyFile(tmp_path / "keys.jsonl")
+    keys = [file.create(name) for name in ("alice", "bob")]
+    model = dataclasses.replace(served_model, name="shared")
+    with keyed(api_settings, model, file) as server:
+        async with working(server), asking_as(server, keys[0]) as alice, asking_as(server, keys[1]) as bob:
+            response = await created(alice, server)
+            assert await retrieved(alice, response["id"]) == response
+            for method, path in PATHS:
+                refused(await bob.request(method, f"{URL}/{response['id']}{path}"), 404)
+            going_on = {"model": "shared", "input": "Hi", "previous_response_id": response["id"]}
+            assert refused(await bob.post(URL, json=going_on))["code"] == "previous_response_not_found"
+            reference = [{"type": "item_reference", "id": response["output"][0]["id"]}]
+            assert refused(await bob.post(URL, json={"model": "shared", "input": reference}))["param"] == "input.0.id"
+            assert await retrieved(alice, response["id"]) == response
 
 
 async def test_the_oldest_make_room(url: str) -> None:

@@ -64,7 +64,7 @@ def as_messages(items: Sequence[Item]) -> Messages:
     messages: Messages = []
     for item in items:
         _ADD[item["type"]](item, messages)
-    return [message for message in messages if "content" in message or "tool_calls" in message]
+    return messages
 
 
 def _add_message(item: Item, messages: Messages) -> None:

@@ -96,7 +96,7 @@ async def _admitted(
     with in_our_words():
         submissions = await api.admission.of(tenant).chat(chat, relay_id)
         timeout = api.settings.request_timeout_seconds
-        return submissions, terms_of(request, chat, wording, submissions, api.model.tokenizer, timeout)
+        return submissions, terms_of(request, chat, wording, submissions, api.model, timeout)
 
 
 async def _begun(api: ApiProcess, submission: Submission, terms: Terms, relay_id: str) -> Choices:

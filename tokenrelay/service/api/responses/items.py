@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from tokenrelay.service.api.schemas.chat import MAX_PARTS
+from tokenrelay.service.api.schemas.messages import MAX_PARTS
 from tokenrelay.service.api.schemas.not_built import Neutral
 from tokenrelay.service.api.schemas.request_schema import RequestSchema
 

@@ -103,8 +103,10 @@ class Echo(Told):
     metadata: dict[str, str]
     parallel_tool_calls: bool
     previous_response_id: str | None
+    prompt_cache_key: str | None
     reasoning: Reasoning
-    service_tier: Literal["default"] = "default"
+    safety_identifier: str | None
+    service_tier: Literal["default", "flex", "priority"]
     store: bool
     temperature: float
     text: dict[str, Any]

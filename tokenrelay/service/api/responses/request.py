@@ -24,11 +24,8 @@ _ON_RESPONSES: Neutral = {
     "max_tool_calls": (),
     "moderation": (),
     "prompt": (),
-    "prompt_cache_key": (),
     "prompt_cache_options": (),
-    "prompt_cache_retention": (),
-    "safety_identifier": (),
-    "service_tier": ("auto", "default"),
+    "prompt_cache_retention": ("in-memory", "in_memory"),
     "truncation": ("disabled",),
 }
 
@@ -127,6 +124,11 @@ class ResponsesRequest(SamplingFields, RequestSchema):
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Equal seeds give equal tokens. Default: random.")
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Lower is served sooner.")
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_SALT_CHARACTERS)
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = Field(
+        None, description="flex: after the others; priority: before them."
+    )
+    prompt_cache_key: str | None = Field(None, description="Has no effect here: equal prompts always share the cache.")
+    safety_identifier: str | None = Field(None, description="Your end user; has no effect here.")
     timeout: float | None = Field(None, gt=0, le=MAX_TIMEOUT_SECONDS, description="Seconds until it must be done.")
 
     @property

@@ -16,6 +16,7 @@ from tokenrelay.service.api.responses.request import (
     NamedFunction,
     ResponsesRequest,
     TextFormat,
+    ToolChoice,
 )
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.sampling import SamplingFields
@@ -24,6 +25,7 @@ from tokenrelay.service.errors import InvalidRequestError
 _AS_THEY_ARE = (
     *SamplingFields.model_fields,
     *("model", "stream", "user", "metadata", "seed", "priority", "cache_salt", "timeout", "parallel_tool_calls"),
+    *("service_tier", "prompt_cache_key", "safety_identifier"),
 )
 _THEIR_WORDS = (
     (r"\bmessages(\.\w+)*", "input"),
@@ -31,7 +33,7 @@ _THEIR_WORDS = (
     (r"\bresponse_format\.json_schema\b", "text.format"),
     (r"\bresponse_format\b", "text.format"),
     (r"\btools\.(\d+)\.function\b", r"tools.\1"),
-    (r"\btool_choice\.function\b", "tool_choice"),
+    (r"\btool_choice\.(function|allowed_tools)\b", "tool_choice"),
     (r"\breasoning_effort\b", "reasoning.effort"),
 )
 
@@ -46,8 +48,8 @@ def as_chat(body: ResponsesRequest, conversation: Sequence[Item]) -> ChatComplet
         "logprobs": body.tells_logprobs or None,
         "top_logprobs": body.top_logprobs,
         "response_format": _response_format(body.text.format) if body.text and body.text.format else None,
-        "tools": [_tool(tool) for tool in _offered(body)] or None,
-        "tool_choice": _tool_choice(body),
+        "tools": [_tool(tool) for tool in body.tools or ()] or None,
+        "tool_choice": _tool_choice(body.tool_choice),
         "reasoning_effort": body.reasoning.effort if body.reasoning else None,
         "on_disconnect": "continue" if body.background else None,
     }
@@ -80,24 +82,23 @@ def _response_format(given: TextFormat) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": schema | {k: v for k, v in optional.items() if v is not None}}
 
 
-def _offered(body: ResponsesRequest) -> list[FunctionTool]:
-    tools = body.tools or []
-    if not isinstance(body.tool_choice, AllowedTools):
-        return tools
-    allowed = {tool.name for tool in body.tool_choice.tools}
-    if allowed - {tool.name for tool in tools}:
-        raise InvalidRequestError("'tool_choice.tools' must be among the tools.", param="tool_choice.tools")
-    return [tool for tool in tools if tool.name in allowed]
-
-
 def _tool(tool: FunctionTool) -> dict[str, Any]:
     return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
 
 
-def _tool_choice(body: ResponsesRequest) -> str | dict[str, Any] | None:
-    if isinstance(body.tool_choice, NamedFunction):
-        return {"type": "function", "function": {"name": body.tool_choice.name}}
-    return body.tool_choice.mode if isinstance(body.tool_choice, AllowedTools) else body.tool_choice
+def _tool_choice(choice: ToolChoice | None) -> str | dict[str, Any] | None:
+    if isinstance(choice, NamedFunction):
+        return _named(choice)
+    if isinstance(choice, AllowedTools):
+        return {
+            "type": choice.type,
+            choice.type: {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]},
+        }
+    return choice
+
+
+def _named(tool: NamedFunction) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool.name}}
 
 
 def echo(body: ResponsesRequest) -> dict[str, Any]:
@@ -111,7 +112,10 @@ def echo(body: ResponsesRequest) -> dict[str, Any]:
         metadata=body.metadata or {},
         parallel_tool_calls=body.parallel_tool_calls is not False,
         previous_response_id=body.previous_response_id,
+        prompt_cache_key=body.prompt_cache_key,
         reasoning=Reasoning(effort=body.reasoning.effort if body.reasoning else None),
+        safety_identifier=body.safety_identifier,
+        service_tier="default" if body.service_tier in (None, "auto") else body.service_tier,
         store=body.stores,
         temperature=1.0 if body.temperature is None else body.temperature,
         text={"format": text or {"type": "text"}},
