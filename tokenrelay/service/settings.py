@@ -114,7 +114,7 @@ class Settings(BaseSettings):
     )
     retention_seconds: float = Field(300.0, gt=0, description="How long a finished request's log can be read.")
     response_ttl_seconds: float = Field(
-        4 * 3600.0, gt=0, description="How long a stored response (`/v1/responses`) is kept after it was made."
+        4 * 3600.0, gt=0, description="How long a stored response (`/v1/responses`) is kept, counted from its end."
     )
     response_store_mb: int = Field(
         64, ge=1, description="Memory of all stored responses in the broker; the oldest make room for new ones."
