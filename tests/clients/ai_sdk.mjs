@@ -7,7 +7,7 @@ import { z } from "zod";
 
 const [url, name, provider, what] = process.argv.slice(2);
 const models = {
-  chat: () => createOpenAICompatible({ name: "tokenrelay", baseURL: url, supportsStructuredOutputs: true })(name),
+  chat: () => createOpenAICompatible({ name: "tokenrelay", baseURL: url, supportsStructuredOutputs: true, includeUsage: true })(name),
   responses: () => createOpenAI({ baseURL: url, apiKey: "none" }).responses(name),
 };
 const model = models[provider]();

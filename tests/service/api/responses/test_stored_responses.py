@@ -142,7 +142,7 @@ async def test_a_process_is_killed_and_another_completes_what_it_began(
     async with (
         working(server, length=300, pace=0.005),
         api_process(settings, served_model.name) as (process, endpoint),
-        httpx.AsyncClient(base_url=endpoint.base_url, timeout=20) as doomed,
+        httpx.AsyncClient(base_url=endpoint.base_url, timeout=100) as doomed,
     ):
         response = await created(doomed, server, background=True)
         async with asyncio.timeout(30):

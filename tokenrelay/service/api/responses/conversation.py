@@ -19,7 +19,13 @@ from tokenrelay.service.api.responses.items import (
 
 Item = dict[str, Any]
 Messages = list[dict[str, Any]]
+_RESPONSE_ID = re.compile(r"resp_([0-9a-f]{32})")
 _ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{32})_[0-9a-z]+")
+
+
+def relay_id_of_response(response_id: str) -> str | None:
+    match = _RESPONSE_ID.fullmatch(response_id)
+    return match[1] if match else None
 
 
 def relay_id_of_item(item_id: str) -> str | None:

@@ -17,7 +17,7 @@ from tokenrelay.service.api.client_terms import terms_of
 from tokenrelay.service.api.event_loop import client_gone, race
 from tokenrelay.service.api.event_stream import EventStream
 from tokenrelay.service.api.process import ApiProcess
-from tokenrelay.service.api.responses.conversation import Item, as_kept, relay_id_of_item
+from tokenrelay.service.api.responses.conversation import Item, as_kept, relay_id_of_item, relay_id_of_response
 from tokenrelay.service.api.responses.event_sequence import PREFIX, EventSequence
 from tokenrelay.service.api.responses.items import ItemReference
 from tokenrelay.service.api.responses.request import ResponsesRequest
@@ -29,6 +29,7 @@ from tokenrelay.service.tenants import Tenant
 from tokenrelay.service.terms import Terms
 
 JSON = "application/json"
+MAX_LOOKED_UP = 64  # responses that one request's references may name
 
 
 async def create(request: Request, body: ResponsesRequest, tenant: Tenant, relay_id: str) -> HttpResponse:
@@ -55,22 +56,26 @@ def stream(api: ApiProcess, choices: Choices, headers: dict[str, str], starting_
 
 async def _conversation(api: ApiProcess, body: ResponsesRequest, tenant: Tenant, relay_id: str) -> list[Item]:
     """All that the response is made from, but for the instructions."""
-    previous = body.previous_response_id
-    earlier = await _items(api, previous, tenant, "previous_response_id") if previous else []
+    earlier = list[Item]()
+    if body.previous_response_id:
+        relay_id_before = relay_id_of_response(body.previous_response_id)
+        earlier = await _items(api, relay_id_before, tenant, "previous_response_id")
     known = {item["id"]: item for item in earlier}
+    num_looked_up = 0
     for number, item in enumerate(() if isinstance(body.input, str) else body.input):
         if isinstance(item, ItemReference) and item.id not in known:
             param = f"input.{number}.id"
-            response_id = f"{PREFIX}{relay_id_of_item(item.id)}"
-            known |= {item["id"]: item for item in await _items(api, response_id, tenant, param)}
-            if item.id not in known:
+            num_looked_up += 1
+            known |= {item["id"]: item for item in await _items(api, relay_id_of_item(item.id), tenant, param)}
+            if item.id not in known or num_looked_up > MAX_LOOKED_UP:
                 raise _unknown(param)
     return [*earlier, *as_kept(body.input, relay_id, known)]
 
 
-async def _items(api: ApiProcess, response_id: str, tenant: Tenant, param: str) -> list[Item]:
+async def _items(api: ApiProcess, relay_id: str | None, tenant: Tenant, param: str) -> list[Item]:
     """A stored response's input and output. Raises InvalidRequestError, which names ``param``."""
-    relay_id = response_id.removeprefix(PREFIX)
+    if relay_id is None:
+        raise _unknown(param)
     try:
         stored = await api.responses.store.get(relay_id, tenant.name)
         response: dict[str, Any] = json.loads(await api.responses.response(relay_id, stored))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
@@ -19,6 +18,7 @@ from tokenrelay.service.api.dependencies import Api, RelayId, TenantDep
 from tokenrelay.service.api.generation import FAREWELL_SECONDS
 from tokenrelay.service.api.openapi import ERRORS, documented
 from tokenrelay.service.api.process import ApiProcess
+from tokenrelay.service.api.responses.conversation import relay_id_of_response
 from tokenrelay.service.api.responses.creation import JSON, create, stream
 from tokenrelay.service.api.responses.event_sequence import PREFIX
 from tokenrelay.service.api.responses.objects import ItemList, Response, ResponseDeleted
@@ -29,14 +29,13 @@ from tokenrelay.service.errors import InvalidRequestError, NotFoundError
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
 MAX_LISTED = 100
-_ID = re.compile(PREFIX + "([0-9a-f]{32})")
 
 
 async def _relay_id(id: str) -> str:
-    match = _ID.fullmatch(id)
-    if not match:
+    relay_id = relay_id_of_response(id)
+    if relay_id is None:
         raise unknown_response()
-    return match[1]
+    return relay_id
 
 
 Addressed = Annotated[str, Depends(_relay_id)]
