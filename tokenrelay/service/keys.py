@@ -43,6 +43,8 @@ class Keys:
         self.drain = self.prefix + "drain"  # hash: how fast the queue drains, and since when anything waits
         self.usage = self.prefix + "usage"  # hash: what each tenant used altogether, a few counters per tenant
         self.workers = self.prefix + "workers"  # sorted set: worker id by expiry of its announcement
+        self.responses = self.prefix + "responses"  # sorted set: stored response by when it was last written
+        self.response_sizes = self.prefix + "response_sizes"  # hash: bytes of each of them, and of "all"
         self.wakeup = self.prefix + "wakeup"  # pub/sub channel: "submit", "cancel <id>" and "drop <id>"; may lose some
 
     @property
@@ -51,12 +53,12 @@ class Keys:
         return frozenset(
             {
                 *(self.waiting, self.sizes, self.load, self.drain, self.leases, self.deadlines, self.fair),
-                *(self.workers, self.usage),
+                *(self.workers, self.usage, self.responses, self.response_sizes),
             }
         )
 
     def request(self, request_id: str) -> str:
-        """Hash: payload, state, owner, epoch, attempts, next, mailboxes, timeline … (LIVE_TTL, then the retention)."""
+        """Hash: payload, state, owner, epoch, attempts, next, mailboxes, timeline … (LIVE_TTL, then its retention)."""
         return f"{self.prefix}request:{request_id}"
 
     def log(self, request_id: str) -> str:
@@ -74,6 +76,10 @@ class Keys:
     def usage_on(self, day: int) -> str:
         """Hash: what each tenant used on this day, counted from 1970-01-01 UTC (USAGE_TTL)."""
         return f"{self.prefix}usage:{day}"
+
+    def response(self, relay_id: str) -> str:
+        """Hash: tenant, input and, once it has ended, the response as JSON (response_ttl_seconds)."""
+        return f"{self.prefix}response:{relay_id}"
 
     def mailbox(self, api_id: str) -> str:
         """Stream: one entry per engine step for one API process (MAILBOX_TTL, renewed by its owner)."""

@@ -113,6 +113,12 @@ class Settings(BaseSettings):
         0, ge=0, description="Tokens that one tenant's may ask for; more are answered 429; 0: any number."
     )
     retention_seconds: float = Field(300.0, gt=0, description="How long a finished request's log can be read.")
+    response_ttl_seconds: float = Field(
+        4 * 3600.0, gt=0, description="How long a stored response (`/v1/responses`) is kept, counted from its end."
+    )
+    response_store_mb: int = Field(
+        64, ge=1, description="Memory of all stored responses in the broker; the oldest make room for new ones."
+    )
     request_timeout_seconds: float = Field(
         0.0, ge=0, le=86400, description="A request's deadline, queue and run together, if it names none; 0: none."
     )

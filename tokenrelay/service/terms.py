@@ -79,13 +79,15 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Terms(NamedTuple):
     """What is submitted together with a request. ``timeout`` is in seconds; 0: none.
 
-    ``fingerprint`` identifies the body that an idempotency key stands for. ``limits`` are the tenant's.
+    ``fingerprint`` identifies the body that an idempotency key stands for. ``retention``: seconds to keep the finished
+    log, if longer than usual. ``limits`` are the tenant's.
     """
 
     answer: AnswerSpec | None = None
     timeout: float = 0.0
     idempotency_key: str = ""
     fingerprint: str = ""
+    retention: float = 0.0
     limits: Limits = NO_LIMITS
 
     @property
@@ -96,7 +98,8 @@ class Terms(NamedTuple):
             self.limits.tokens_per_minute,
             self.limits.concurrent_requests,
         )
-        return encode([packed(answer), round(self.timeout * 1000), self.fingerprint, limits])
+        timeout_ms, retention_ms = round(self.timeout * 1000), round(self.retention * 1000)
+        return encode([packed(answer), timeout_ms, self.fingerprint, retention_ms, limits])
 
 
 NO_TERMS = Terms()

@@ -111,7 +111,7 @@ async def api_process(settings: Settings, model: str) -> AsyncIterator[tuple[sub
         )
     endpoint = Endpoint(port=port, settings=settings, model=model)
     try:
-        async with httpx.AsyncClient(base_url=endpoint.base_url, timeout=20) as http:
+        async with httpx.AsyncClient(base_url=endpoint.base_url, timeout=100) as http:
             assert (await http.get("/livez")).status_code == 200  # waits in the backlog until the process serves
         yield process, endpoint
     finally:

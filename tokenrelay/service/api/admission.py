@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from tokenrelay.model.chat_template import ChatTemplateError
 from tokenrelay.model.sampling_params import SamplingParams, SamplingParamsError
 from tokenrelay.model.tokenizer import Tokenizer
-from tokenrelay.service.api.assistant.forced_calls import structure_of
 from tokenrelay.service.api.assistant.prompt import template_arguments
 from tokenrelay.service.api.entitlement import most_tokens
 from tokenrelay.service.api.event_loop import off_loop_if_large
@@ -69,6 +68,10 @@ class Admission:
         self._model.require(body.model)
         _require_at_most(body.n or 1, self._max_n, "n", "choices per prompt")
         _require_at_most(body.num_generated, self._max_n, "best_of", "choices per prompt")
+
+    def _prompt_and_structure(self, body: ChatCompletionRequest) -> tuple[list[int], Structure | None]:
+        """Of a chat: its tokens, and what the answer must be."""
+        return encode_chat(self._model, body), structure_of(body, self._model.dialect)
 
     def _encoder(self, body: CompletionRequest) -> Callable[[], list[list[int]]]:
         add_special_tokens = body.add_special_tokens is not False

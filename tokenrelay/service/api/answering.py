@@ -24,6 +24,8 @@ from tokenrelay.service.api.interim import InterimFormat, interim_frames
 from tokenrelay.service.api.ollama.ollama_format import PREFIX as OLLAMA
 from tokenrelay.service.api.ollama.ollama_format import OllamaChatFormat, OllamaGenerateFormat
 from tokenrelay.service.api.process import ApiProcess
+from tokenrelay.service.api.responses.event_sequence import PREFIX as RESPONSE
+from tokenrelay.service.api.responses.response_format import ResponseFormat
 from tokenrelay.service.messages import Submission
 from tokenrelay.service.terms import AnswerSpec, Route
 
@@ -47,6 +49,7 @@ _WIRES: Mapping[Route, _Wire] = {
     "messages": _Wire(MESSAGE, MessagesFormat),
     "ollama_chat": _Wire(OLLAMA, OllamaChatFormat),
     "ollama_generate": _Wire(OLLAMA, OllamaGenerateFormat),
+    "responses": _Wire(RESPONSE, ResponseFormat),
 }
 
 
@@ -66,14 +69,14 @@ async def answer(request: Request, body: Body, submissions: Sequence[Submission]
 
 def stream(api: ApiProcess, choices: Choices, *, resumed: bool = False) -> EventStream:
     """The chunks behind the choices' cursor, as they come."""
-    answer_format, headers = _format(choices, api.model.tokenizer), _headers(api, choices)
+    answer_format, headers = _format(choices, api.model.tokenizer), headers_of(api, choices)
     interim = interim_frames(choices, answer_format, api.watch) if choices.answers[0].asks_for_interim else None
     keep_alive = api.settings.keep_alive_seconds
     return EventStream(choices, answer_format, api.generations, keep_alive, headers, resumed=resumed, interim=interim)
 
 
 async def _whole(request: Request, api: ApiProcess, choices: Choices) -> Response:
-    answer_format, headers = _format(choices, api.model.tokenizer), _headers(api, choices)
+    answer_format, headers = _format(choices, api.model.tokenizer), headers_of(api, choices)
     n = choices.answers[0].n
     try:
         finished = await race(choices.finished(n), client_gone(request.receive), api.generations.interruption())
@@ -94,7 +97,7 @@ def _format(choices: Choices, tokenizer: Tokenizer) -> AnswerFormat:
     return _WIRES[specs[0].route].format(specs, tokenizer, answer_id(specs[0], choices.relay_id))
 
 
-def _headers(api: ApiProcess, choices: Choices) -> dict[str, str]:
+def headers_of(api: ApiProcess, choices: Choices) -> dict[str, str]:
     """The id under which to resume is told before the first chunk, which may have to wait in the queue."""
     headers = {"X-Response-Id": answer_id(choices.answers[0], choices.relay_id)}
     if api.settings.attention_sinks:

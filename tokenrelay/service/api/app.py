@@ -20,6 +20,7 @@ from tokenrelay.service.api.ollama import routes as ollama
 from tokenrelay.service.api.openapi import add_openapi
 from tokenrelay.service.api.process import running
 from tokenrelay.service.api.request_id import RequestIdMiddleware
+from tokenrelay.service.api.responses import routes as responses
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.unprefixed import UnprefixedMiddleware
 from tokenrelay.service.metrics import ApiMetrics, new_registry
@@ -30,7 +31,7 @@ EXPOSED_HEADERS = [  # to a page's scripts
     *("Retry-After", "retry-after-ms", "x-should-retry"),
     *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
 ]
-PARTS = (chat, completions, anthropic, ollama, ollama_models, requests, models, usage, health)
+PARTS = (chat, completions, responses, anthropic, ollama, ollama_models, requests, models, usage, health)
 
 
 def create_app(settings: Settings, model: ServedModel) -> FastAPI:

@@ -177,6 +177,12 @@ class Choices:
         return _interleaved(self._running, num_seen)
 
 
+def lone_step(index: int, event: Event) -> Step:
+    """Of a request with one prompt, read from its log. The event is no error."""
+    usage = total_usage([event.usage]) if event.usage else None
+    return Step(index, _output(event.choice, event, event.prompt_logprobs), usage)
+
+
 def best_of(outputs: Sequence[Output], num_generated: int, n: int) -> list[Output]:
     """Of each prompt's outputs the ``n`` likeliest per token, likeliest first and numbered anew. (OpenAI's rule)"""
     if num_generated == n:

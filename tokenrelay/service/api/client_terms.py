@@ -37,7 +37,7 @@ def terms_of(
     fingerprint = _fingerprint(request, body, wording) if key else ""
     limits = request.state.tenant.limits
     return [
-        Terms(first, timeout, key, fingerprint, limits),
+        Terms(first, timeout, key, fingerprint, limits=limits),
         *(Terms(spec, timeout, limits=limits) for spec in others),
     ]
 

@@ -13,6 +13,7 @@ from tokenrelay import __version__
 from tokenrelay.service.api.anthropic.request import CountTokensRequest, MessagesRequest
 from tokenrelay.service.api.client_terms import IDEMPOTENCY_KEY, TIMEOUT
 from tokenrelay.service.api.ollama.request import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
+from tokenrelay.service.api.responses.request import ResponsesRequest
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
 from tokenrelay.service.api.schemas.errors import ErrorBody
@@ -24,7 +25,7 @@ def _header(name: str, description: str, type: str = "string") -> dict[str, Any]
 
 _REF = "#/components/schemas/{model}"
 _BODIES: tuple[type[BaseModel], ...] = (
-    *(ChatCompletionRequest, CompletionRequest, MessagesRequest, CountTokensRequest),
+    *(ChatCompletionRequest, CompletionRequest, ResponsesRequest, MessagesRequest, CountTokensRequest),
     *(OllamaChatRequest, OllamaGenerateRequest, ShowRequest),
 )
 

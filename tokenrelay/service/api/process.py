@@ -15,6 +15,8 @@ from tokenrelay.service.api.generation import Generations
 from tokenrelay.service.api.keyring import Keyring
 from tokenrelay.service.api.queue_watch import QueueWatch
 from tokenrelay.service.api.readiness import Readiness
+from tokenrelay.service.api.responses.archive import ResponseArchive
+from tokenrelay.service.api.responses.store import ResponseStore
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.structured import Grammars
 from tokenrelay.service.broker import connect
@@ -45,6 +47,7 @@ class ApiProcess:
     records: RequestRecords
     usage: UsageLedger
     token_log: TokenLog
+    responses: ResponseArchive
     readiness: Readiness
     watch: QueueWatch
     crippled: asyncio.Event = field(default_factory=asyncio.Event)  # a background task died: it can serve nobody
@@ -77,6 +80,7 @@ async def running(
         records=records,
         usage=UsageLedger(redis, keys),
         token_log=token_log,
+        responses=ResponseArchive(ResponseStore(redis, keys, settings), records, token_log, mailbox, model.tokenizer),
         readiness=Readiness(Registry(redis, keys, settings)),
         watch=QueueWatch(queue.load),
     )
@@ -87,6 +91,7 @@ async def running(
     try:
         yield process
         await process.generations.aclose(FAREWELL_SECONDS)
+        await process.responses.aclose()
     finally:
         for duty in duties:
             duty.remove_done_callback(process.note_death)

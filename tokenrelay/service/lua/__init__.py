@@ -15,6 +15,8 @@ from tokenrelay.service.broker import broker_errors
 from tokenrelay.service.keys import LUA_CONSTANTS, Keys
 from tokenrelay.service.messages import VERSION
 
+_ACCEPTING = ("submit", "store_response")
+
 
 class Scripts:
     """Calls scripts by name. Raises BrokerUnavailable when the broker is."""
@@ -51,10 +53,10 @@ def digest(name: str) -> str:
 def source(name: str) -> str:
     """The whole text of a script: the constants of ``keys.py``, ``library.lua``, ``tenants.lua``, then its own file.
 
-    Only ``submit`` is refused when the broker's memory is full: what was accepted may always be carried on and ended,
-    which is also what frees memory again.
+    Only what accepts something new is refused when the broker's memory is full: what was accepted may always be carried
+    on and ended, which is also what frees memory again.
     """
-    shebang = "#!lua" if name == "submit" else "#!lua flags=allow-oom"
+    shebang = "#!lua" if name in _ACCEPTING else "#!lua flags=allow-oom"
     named = {**LUA_CONSTANTS, "VERSION": VERSION}
     constants = "\n".join(f"local {constant} = {value}" for constant, value in named.items())
     return "\n".join((shebang, constants, _read("library"), _read("tenants"), _read(name)))

@@ -170,9 +170,11 @@ local function refusal(tenant, tokens, bytes, limits, weight)
   end
 end
 
--- The request is over: no lease, no prompt, and only the retention to live. `usage` is what `settle` wants to know.
+-- The request is over: no lease, no prompt, and only the retention to live, its own or the usual. `usage` is what `settle`
+-- wants to know.
 local function conclude(id, retention_ms, usage)
   settle(id, usage)
+  retention_ms = field(id, 'retention') or retention_ms
   redis.call('HSET', request_key(id), 'state', 'finished')
   redis.call('HDEL', request_key(id), 'payload')
   if redis.call('ZREM', prefix .. 'leases', id) == 1 then note_drained(tonumber(field(id, 'cost') or 0)) end
@@ -214,4 +216,18 @@ local function bury(id, request, reason)
     'answer', field(id, 'answer') or '')
   redis.call('XTRIM', dead, 'MINID', integer(now_ms() - DEAD_TTL * 1000))
   redis.call('EXPIRE', dead, DEAD_TTL)
+end
+
+-- What a stored response takes in memory; 0: it is forgotten.
+local function weigh_response(id, bytes)
+  local sizes = prefix .. 'response_sizes'
+  redis.call('HINCRBY', sizes, 'all', integer(bytes - tonumber(redis.call('HGET', sizes, id) or 0)))
+  if bytes > 0 then
+    redis.call('HSET', sizes, id, bytes)
+    redis.call('ZADD', prefix .. 'responses', now_ms(), id)
+  else
+    redis.call('HDEL', sizes, id)
+    redis.call('ZREM', prefix .. 'responses', id)
+    redis.call('DEL', prefix .. 'response:' .. id)
+  end
 end

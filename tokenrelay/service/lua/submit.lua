@@ -2,7 +2,8 @@
 -- KEYS: request, waiting, leases, fair, idempotency key (the request again if the caller gave none)
 -- ARGV: prefix, id, payload, mailbox, tenant, msgpack of {cost, cost over the tenant's weight, tokens of the prompt},
 --       priority, msgpack of the queue's limits,
---       msgpack of {how to answer, timeout in ms or 0, fingerprint of the body, the tenant's limits}
+--       msgpack of {how to answer, timeout in ms or 0, fingerprint of the body, retention in ms or 0 for the usual,
+--       the tenant's limits}
 -- Returns {'created', position, id, what is left of the tenant's limits} or {'existing', position, id}; {'mismatch'} if
 -- the key stands for another body; what `refusal` returns; {'limited', why, ms until it would do, what is left}
 -- Start-time fair queueing: a tenant's request starts at its previous one's virtual finish, but not in the past.
@@ -10,7 +11,7 @@
 local request, waiting, leases, fair, idempotency = unpack(KEYS)
 local _, id, payload, mailbox, tenant, size, priority, limits, terms = unpack(ARGV)
 local cost, turn, num_prompt_tokens = unpack(cmsgpack.unpack(size))
-local answer, timeout_ms, fingerprint, tenant_limits = unpack(cmsgpack.unpack(terms))
+local answer, timeout_ms, fingerprint, retention_ms, tenant_limits = unpack(cmsgpack.unpack(terms))
 local keyed = idempotency ~= request
 local CLASS = 2 ^ 44  -- room of one priority class in the score: 17 trillion tokens of virtual time
 
@@ -62,6 +63,7 @@ redis.call('HSET', request, 'payload', payload, 'state', 'waiting', 'owner', '',
   'idempotency', keyed and idempotency or '', 'version', VERSION,
   'answer', answer, 'fingerprint', fingerprint, 'readers', mailbox)
 note(id, 'queued')
+if retention_ms > 0 then redis.call('HSET', request, 'retention', retention_ms) end
 if timeout_ms > 0 then
   redis.call('HSET', request, 'deadline', now + timeout_ms)
   redis.call('ZADD', prefix .. 'deadlines', now + timeout_ms, id)

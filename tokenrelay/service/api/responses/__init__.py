@@ -1,0 +1,1 @@
+"""OpenAI's Responses API: a chat completion in other words, as items and numbered events, which can be kept."""
