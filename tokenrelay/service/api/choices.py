@@ -31,6 +31,7 @@ class Output:
     logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: Sequence[TokenLogprobs | None] = ()
     finish_reason: str | None = None
+    stop_string: str = ""
 
     @property
     def num_entries(self) -> int:
@@ -191,7 +192,9 @@ class _FirstOutputs:
 
 
 def _output(choice: int, event: Event, prompt_logprobs: Sequence[TokenLogprobs | None]) -> Output:
-    return Output(choice, event.text, event.token_ids, event.logprobs, prompt_logprobs, event.finish_reason)
+    return Output(
+        choice, event.text, event.token_ids, event.logprobs, prompt_logprobs, event.finish_reason, event.stop_string
+    )
 
 
 def _joined(parts: Sequence[Output]) -> Output:
@@ -203,6 +206,7 @@ def _joined(parts: Sequence[Output]) -> Output:
         [token for part in parts for token in part.logprobs],
         parts[0].prompt_logprobs,
         next(part.finish_reason for part in reversed(parts) if part.finish_reason),
+        "".join(part.stop_string for part in parts),
     )
 
 
