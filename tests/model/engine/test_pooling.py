@@ -118,7 +118,7 @@ def test_embeddings_are_those_of_a_plain_forward_pass(folder: Path) -> None:
             assert np.linalg.norm(embedding) == pytest.approx(1, abs=1e-6)
 
 
-AROUND = {
+AROUND: dict[str, dict[str, int | bool]] = {
     "in one batch": {},
     "in chunks of a few tokens": {"max_num_batched_tokens": 13, "max_num_seqs": 4},
     "token by token": {"max_num_batched_tokens": 1, "max_num_seqs": 1},
