@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from tokenrelay import __version__
 from tokenrelay.bench.cli import bench
 from tokenrelay.model.weights import known_models, resolve
-from tokenrelay.service import dead_letters_cli, logs
+from tokenrelay.service import dead_letters_cli, keys_cli, logs
 from tokenrelay.service.cli_options import with_settings
 from tokenrelay.service.embedded_valkey import EmbeddedValkeyError
 from tokenrelay.service.errors import ServiceError
@@ -46,6 +46,7 @@ _QUEUE = (
 _HTTP = (
     *("host", "port", *_QUEUE, "max_body_bytes", "max_n", "keep_alive_seconds"),
     *("request_timeout_seconds", "disconnect_grace_seconds"),
+    *("api_keys_file", "metrics_need_key", "metrics_tenants", "cors_origins"),
 )
 _ENGINE = (
     *("worker_metrics_port", "device", "dtype", "num_threads", "kv_cache_mb", "kv_cache_dtype"),
@@ -58,6 +59,7 @@ _EMBEDDED = ("data_dir", "broker_memory_mb")
 Inherited = Annotated[int, typer.Option(help="A file descriptor from the supervisor.", hidden=True)]
 
 app.add_typer(dead_letters_cli.app, name="dead")
+app.add_typer(keys_cli.app, name="keys")
 app.command()(bench)
 
 

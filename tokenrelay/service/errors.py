@@ -7,6 +7,8 @@
     │   ├── UnsupportedParameter     400 invalid_request_error  unsupported_parameter
     │   ├── InvalidGrammar           400 invalid_request_error  invalid_grammar
     │   ├── ContextLengthExceeded    400 invalid_request_error  context_length_exceeded
+    │   ├── Unauthorized             401 invalid_request_error  invalid_api_key
+    │   ├── Forbidden                403 invalid_request_error  forbidden
     │   ├── RequestTimeout           408 invalid_request_error  request_timeout
     │   ├── RequestTooLarge          413 invalid_request_error  request_too_large
     │   ├── UnsupportedMediaType     415 invalid_request_error  unsupported_media_type
@@ -25,6 +27,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 
@@ -42,6 +46,7 @@ class ServiceError(Exception):
     type: ClassVar[str] = "server_error"
     code: str = "internal_error"
     retryable: ClassVar[bool] = False
+    headers: Mapping[str, str] = MappingProxyType({})  # that its response carries
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
@@ -97,6 +102,21 @@ class IdempotencyKeyReused(InvalidRequestError):
 
     status = 422
     code = "idempotency_key_reused"
+
+
+class Unauthorized(InvalidRequestError):
+    """Without a key, or with one that is unknown. The header is what RFC 6750 asks for."""
+
+    status = 401
+    code = "invalid_api_key"
+    headers = MappingProxyType({"WWW-Authenticate": "Bearer"})
+
+
+class Forbidden(InvalidRequestError):
+    """The key is known, and not meant for this."""
+
+    status = 403
+    code = "forbidden"
 
 
 class NotFoundError(InvalidRequestError):

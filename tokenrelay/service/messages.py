@@ -9,9 +9,9 @@ from __future__ import annotations
 import msgspec
 
 from tokenrelay.model.sampling_params import SamplingParams, TokenLogprobs
+from tokenrelay.service.tenants import DEFAULT_TENANT
 
 VERSION = 1
-DEFAULT_TENANT = "default"
 
 
 class MessageError(ValueError):
@@ -21,14 +21,16 @@ class MessageError(ValueError):
 class Submission(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One accepted request, as the API hands it to whichever worker claims it.
 
-    ``cache_salt`` divides a tenant's prefix cache further. A lower ``priority`` is served sooner. ``prompt_only`` asks
-    for no output at all: the one token that is sampled anyway is dropped, and counted nowhere.
+    ``weight`` is the tenant's share of the queue. ``cache_salt`` divides its prefix cache further. A lower ``priority``
+    is served sooner. ``prompt_only`` asks for no output at all: the one token that is sampled anyway is dropped, and
+    counted nowhere.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    tenant: str = DEFAULT_TENANT
+    tenant: str = DEFAULT_TENANT.name
+    weight: float = 1.0
     cache_salt: str = ""
     priority: int = 0
     skip_special_tokens: bool = True
@@ -39,6 +41,11 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def cost(self) -> int:
         """Tokens this request may occupy: what fair queueing and admission count."""
         return len(self.prompt_token_ids) + max(self.params.n, self.params.beam_width) * self.params.max_tokens
+
+    @property
+    def turn(self) -> int:
+        """Virtual time in which fair queueing lets its tenant have no other: twice the weight, half the time."""
+        return max(1, round(self.cost / self.weight))
 
     @property
     def prompt_tail(self) -> list[int]:

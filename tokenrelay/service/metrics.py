@@ -16,6 +16,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from tokenrelay.service.load import Load
 from tokenrelay.service.settings import shared_metrics_folder
+from tokenrelay.service.tenant_metrics import TenantMetrics
 
 LATENCY_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75),
@@ -38,8 +39,9 @@ class ApiMetrics:
     Their gauges are the same queue's, so the largest counts; only requests in flight are added up.
     """
 
-    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+    def __init__(self, registry: CollectorRegistry, model: str, max_tenants: int = 20) -> None:
         self.registry = registry
+        self.tenants = TenantMetrics(registry, model, max_tenants)
         counter = _of(Counter, registry, model)
         gauge = _of(Gauge, registry, model, multiprocess_mode="livemax")
         sum_gauge = _of(Gauge, registry, model, multiprocess_mode="livesum")
@@ -72,6 +74,10 @@ class ApiMetrics:
         self.estimated_wait = gauge(
             "tokenrelay_estimated_wait_seconds",
             "Until all that waits is worked on, at the measured rate; infinite at a standstill.",
+        )
+        self.api_keys = gauge("tokenrelay_api_keys", "API keys that are let in; 0 without a file of them.")
+        self.api_keys_broken = gauge(
+            "tokenrelay_api_keys_broken", "1 while the file of API keys cannot be used, and older ones go on."
         )
         self.streams_joined = counter(
             "tokenrelay_streams_joined", "Requests read again: by their id, or by a repeated Idempotency-Key."

@@ -68,13 +68,24 @@ class RequestRecords:
             encoded: Any = await self._redis.hget(self._keys.request(request_id), "answer")
         return _answer_spec(request_id, encoded)
 
-    async def whole(self, relay_id: str) -> Whole:
-        """What an HTTP request consists of: one prompt has its id, several are numbered. Raises NotFoundError."""
+    async def whole(self, relay_id: str, tenant: str) -> Whole:
+        """What an HTTP request of a tenant consists of: one prompt has its id, several are numbered.
+
+        Raises NotFoundError, for another tenant's as for one that never was.
+        """
         try:
-            answer = await self.answer(relay_id)
+            answer = await self._owned_answer(relay_id, tenant)
         except NotFoundError:
-            answer = await self.answer(f"{relay_id}-0")
+            answer = await self._owned_answer(f"{relay_id}-0", tenant)
         return Whole(answer, part_ids(relay_id, answer.num_prompts))
+
+    async def _owned_answer(self, request_id: str, tenant: str) -> AnswerSpec:
+        async with broker_errors():
+            found: Any = await self._redis.hmget(self._keys.request(request_id), "answer", "tenant")
+        encoded, owner = found
+        if owner != tenant.encode():
+            raise _unknown(request_id)
+        return _answer_spec(request_id, encoded)
 
     async def read(self, request_id: str) -> RequestRecord:
         """Raises NotFoundError for a request that is unknown or forgotten."""

@@ -7,6 +7,7 @@ refuse to start with both names in the message. Derived values are properties.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 LAST_PORT = 65535
+_ORIGIN = re.compile(r"https?://[a-zA-Z0-9.-]+(:[0-9]+)?|https?://\[[0-9a-fA-F:]+\](:[0-9]+)?")
 
 
 class Settings(BaseSettings):
@@ -112,6 +114,21 @@ class Settings(BaseSettings):
     )
     drain_seconds: float = Field(30.0, ge=0, description="How long running streams may finish after SIGTERM.")
 
+    # who may ask
+    api_keys_file: str = Field(
+        "",
+        description="File of API keys (`tokenrelay keys --help`), followed as it changes; empty: nobody needs one.",
+    )
+    metrics_need_key: bool = Field(True, description="With API keys, /metrics needs that of an operator.")
+    metrics_tenants: int = Field(
+        20,
+        ge=0,
+        description="Tenants with metrics of their own, the first of the file; others are `other` together.",
+    )
+    cors_origins: str = Field(
+        "", description="Origins whose web pages may ask: `https://a.example,https://b.example`, or `*`; empty: none."
+    )
+
     # what a client may send
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
     max_n: int = Field(16, ge=1, description="Largest n, and most prompts in one completion request.")
@@ -120,6 +137,14 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe line logged: debug, info, warning or error."
     )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_only(cls, origins: str) -> str:
+        for origin in filter(None, origins.split(",")):
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is not an origin, such as https://chat.example or http://localhost:3000")
+        return origins
 
     @field_validator("cache_dir", "data_dir")
     @classmethod

@@ -14,6 +14,7 @@ class RequestAccount:
     def __init__(self, submission: Submission, metrics: ApiMetrics) -> None:
         self.ended = False
         self._metrics = metrics
+        self._tenant = submission.tenant
         self._accepted_at = time.perf_counter()
         self._last_event_at: dict[int, float] = {}  # by choice
         self._generation_tokens = 0
@@ -23,6 +24,7 @@ class RequestAccount:
         metrics.requests_in_flight.inc()
         metrics.prompt_tokens.inc(prompt_tokens)
         metrics.request_prompt_tokens.observe(prompt_tokens)
+        metrics.tenants.accepted(self._tenant, prompt_tokens)
 
     def note(self, event: Event) -> None:
         """One event passed, on its way to the client."""
@@ -41,6 +43,7 @@ class RequestAccount:
         self._last_event_at[event.choice] = now
         self._generation_tokens += len(event.token_ids)
         self._metrics.generation_tokens.inc(len(event.token_ids))
+        self._metrics.tenants.delivered(self._tenant, len(event.token_ids))
 
     def end(self, outcome: str) -> None:
         if self.ended:

@@ -18,6 +18,7 @@ from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.structured import Grammars
 from tokenrelay.service.errors import ContextLengthExceeded, InvalidRequestError
 from tokenrelay.service.messages import Submission
+from tokenrelay.service.tenants import DEFAULT_TENANT, Tenant
 from tokenrelay.service.terms import part_ids
 
 LARGE_TEXT = 8 << 10  # characters: about a millisecond of tokenizing
@@ -27,12 +28,16 @@ MAX_REPORTED = 10**12  # larger numbers are not worth repeating in a message
 
 
 class Admission:
-    """Turns bodies into submissions for one served model."""
+    """Turns bodies into submissions for one served model, of one tenant."""
 
-    def __init__(self, model: ServedModel, max_n: int, grammars: Grammars) -> None:
+    def __init__(self, model: ServedModel, max_n: int, grammars: Grammars, tenant: Tenant = DEFAULT_TENANT) -> None:
         self._model = model
         self._max_n = max_n
         self._grammars = grammars
+        self._tenant = tenant
+
+    def of(self, tenant: Tenant) -> Admission:
+        return Admission(self._model, self._max_n, self._grammars, tenant)
 
     async def chat(self, body: ChatCompletionRequest, request_id: str) -> list[Submission]:
         self._require_servable(body)
@@ -69,6 +74,8 @@ class Admission:
                 request_id=prompt_id,
                 prompt_token_ids=prompt,
                 params=self._params(body, self._max_tokens(body, len(prompt), param, default), shape),
+                tenant=self._tenant.name,
+                weight=self._tenant.weight,
                 cache_salt=body.cache_salt or "",
                 priority=body.priority or 0,
                 skip_special_tokens=body.skip_special_tokens is not False,

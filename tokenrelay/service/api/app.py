@@ -6,32 +6,64 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from tokenrelay import __version__
 from tokenrelay.service.api import chat, completions, health, models, requests
+from tokenrelay.service.api.authentication import AuthenticationMiddleware
 from tokenrelay.service.api.error_handlers import add_error_handlers
+from tokenrelay.service.api.keyring import Keyring
 from tokenrelay.service.api.openapi import add_openapi
 from tokenrelay.service.api.process import running
 from tokenrelay.service.api.request_id import RequestIdMiddleware
 from tokenrelay.service.api.served_model import ServedModel
+from tokenrelay.service.api.unprefixed import UnprefixedMiddleware
 from tokenrelay.service.metrics import ApiMetrics, new_registry
 from tokenrelay.service.settings import Settings
 
+EXPOSED_HEADERS = [  # to a page's scripts
+    *("X-Request-Id", "X-Response-Id", "Idempotent-Replayed", "X-Attention-Sinks"),
+    *("Retry-After", "retry-after-ms", "x-should-retry"),
+    *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
+]
+PARTS = (chat, completions, requests, models, health)
+
 
 def create_app(settings: Settings, model: ServedModel) -> FastAPI:
-    """An application that serves ``model``; its lifespan connects to ``settings.redis_url``."""
-    metrics = ApiMetrics(new_registry(), model.name)
+    """An application that serves ``model``; its lifespan connects to ``settings.redis_url``. Raises ApiKeysError."""
+    metrics = ApiMetrics(new_registry(), model.name, settings.metrics_tenants)
+    keyring = Keyring(settings.api_keys_file, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(settings, model, metrics) as process:
+        async with running(settings, model, metrics, keyring) as process:
             app.state.api = process
             yield
 
     app = FastAPI(title="tokenrelay", version=__version__, lifespan=lifespan, redirect_slashes=False)
-    app.add_middleware(RequestIdMiddleware)
     add_error_handlers(app)
     add_openapi(app)
-    for part in (chat, completions, requests, models, health):
+    for part in PARTS:
         app.include_router(part.router)
+    _add_middleware(app, settings, keyring)
     return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings, keyring: Keyring) -> None:
+    """The innermost first: what is added last sees a request first."""
+    app.add_middleware(AuthenticationMiddleware, keyring=keyring, metrics_need_key=settings.metrics_need_key)
+    app.add_middleware(UnprefixedMiddleware, paths=_paths())
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,  # answers what a browser asks beforehand itself: that comes without a key
+            allow_origins=settings.cors_origins.split(","),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
+    app.add_middleware(RequestIdMiddleware)
+
+
+def _paths() -> list[str]:
+    return [route.path for part in PARTS for route in part.router.routes if isinstance(route, Route)]

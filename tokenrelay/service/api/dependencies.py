@@ -10,6 +10,7 @@ from tokenrelay.service.api.admission import Admission
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.readiness import Readiness
 from tokenrelay.service.api.served_model import ServedModel
+from tokenrelay.service.tenants import Tenant
 
 
 async def _api(request: Request) -> ApiProcess:
@@ -20,8 +21,16 @@ async def _api(request: Request) -> ApiProcess:
 Api = Annotated[ApiProcess, Depends(_api)]
 
 
-async def _admission(api: Api) -> Admission:
-    return api.admission
+async def _tenant(request: Request) -> Tenant:
+    tenant: Tenant = request.state.tenant
+    return tenant
+
+
+TenantDep = Annotated[Tenant, Depends(_tenant)]  # who asks
+
+
+async def _admission(api: Api, tenant: TenantDep) -> Admission:
+    return api.admission.of(tenant)
 
 
 async def _model(api: Api) -> ServedModel:
@@ -37,7 +46,7 @@ async def _relay_id(request: Request) -> str:
     return relay_id
 
 
-AdmissionDep = Annotated[Admission, Depends(_admission)]
+AdmissionDep = Annotated[Admission, Depends(_admission)]  # of who asks
 Model = Annotated[ServedModel, Depends(_model)]
 ReadinessDep = Annotated[Readiness, Depends(_readiness)]
 RelayId = Annotated[str, Depends(_relay_id)]  # what the broker calls this HTTP request's work

@@ -36,7 +36,9 @@ def add_error_handlers(app: FastAPI) -> None:
 def error_response(
     error: ServiceError, *, status: int | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    return JSONResponse(error.body(), status or error.status, {**retry_headers(error), **(headers or {})})
+    return JSONResponse(
+        error.body(), status or error.status, {**retry_headers(error), **error.headers, **(headers or {})}
+    )
 
 
 def retry_headers(error: ServiceError) -> dict[str, str]:
@@ -62,7 +64,7 @@ async def _failed(request: Request, failure: GenerationFailed) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    path = f"{request.method} {request.url.path[:200]}"
+    path = f"{request.method} {request.scope['path'][:200]}"
     message, code = {
         404: (f"There is no route {path}; see /docs.", "not_found"),
         405: (f"{path} is not allowed; see the Allow header.", "method_not_allowed"),

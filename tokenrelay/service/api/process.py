@@ -12,6 +12,7 @@ import structlog
 
 from tokenrelay.service.api.admission import Admission
 from tokenrelay.service.api.generation import Generations
+from tokenrelay.service.api.keyring import Keyring
 from tokenrelay.service.api.queue_watch import QueueWatch
 from tokenrelay.service.api.readiness import Readiness
 from tokenrelay.service.api.served_model import ServedModel
@@ -53,7 +54,9 @@ class ApiProcess:
 
 
 @asynccontextmanager
-async def running(settings: Settings, model: ServedModel, metrics: ApiMetrics) -> AsyncIterator[ApiProcess]:
+async def running(
+    settings: Settings, model: ServedModel, metrics: ApiMetrics, keyring: Keyring
+) -> AsyncIterator[ApiProcess]:
     """An API process that listens to its mailbox. Needs no broker to start: it waits for one."""
     keys = Keys(model.name)
     url, ca_file = settings.redis_url, settings.redis_ca_file
@@ -74,7 +77,8 @@ async def running(settings: Settings, model: ServedModel, metrics: ApiMetrics) -
         readiness=Readiness(Registry(redis, keys, settings)),
         watch=QueueWatch(queue.load),
     )
-    duties = [asyncio.create_task(duty) for duty in (mailbox.run(), process.watch.run(), _refresh_gauges(process))]
+    work = (mailbox.run(), process.watch.run(), keyring.run(), _refresh_gauges(process))
+    duties = [asyncio.create_task(duty) for duty in work]
     for duty in duties:
         duty.add_done_callback(process.note_death)
     try:

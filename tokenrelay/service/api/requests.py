@@ -1,7 +1,7 @@
 """Requests by their ids, at whichever API process: how one is doing, its stream again, its end.
 
 An id is that of the response object, or the part behind its prefix. A completion of several prompts has one id: it is
-told of, read and cancelled as a whole. Ids are drawn at random, and known only to who made the request.
+told of, read and cancelled as a whole, by the tenant whose it is: for any other there is no such request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from starlette.responses import Response
 from tokenrelay.service.api.answering import answer_id, stream
 from tokenrelay.service.api.choices import Choices
 from tokenrelay.service.api.cursor import Cursor
-from tokenrelay.service.api.dependencies import Api
+from tokenrelay.service.api.dependencies import Api, TenantDep
 from tokenrelay.service.api.openapi import ERRORS
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.request_status import status_of
@@ -31,9 +31,9 @@ _RELAY_ID = re.compile(r"(?:[a-z]+[-_])?([0-9a-f]{32})")
 
 
 @router.get("/{id}", response_model_exclude_unset=True)
-async def get_request(id: str, api: Api) -> RequestStatus:
+async def get_request(id: str, api: Api, tenant: TenantDep) -> RequestStatus:
     """The request's state, how far it is, and what happened to it when. Until its output is forgotten."""
-    answer, request_ids = await api.records.whole(_relay_id(id))
+    answer, request_ids = await api.records.whole(_relay_id(id), tenant.name)
     records = [await api.records.read(request_id) for request_id in request_ids]
     logs = [await api.token_log.read(request_id) for request_id in request_ids]
     return status_of(answer_id(answer, _relay_id(id)), records, logs)
@@ -43,12 +43,13 @@ async def get_request(id: str, api: Api) -> RequestStatus:
 async def resume_stream(
     id: str,
     api: Api,
+    tenant: TenantDep,
     starting_after: Annotated[str, Query(description="The id of the last chunk you have; 0: everything.")] = "0",
     last_event_id: Annotated[str | None, Header(description="The same; a browser sends it by itself.")] = None,
 ) -> Response:
     """Read on behind any chunk of the request's stream: what is there, then what comes, as it would have come."""
     param, after = ("Last-Event-ID", last_event_id) if last_event_id else ("starting_after", starting_after)
-    answer, request_ids = await api.records.whole(_relay_id(id))
+    answer, request_ids = await api.records.whole(_relay_id(id), tenant.name)
     if answer.num_generated > answer.n:
         raise InvalidRequestError("A request with best_of above n has no stream; send it again.")
     if after == END:
@@ -59,9 +60,9 @@ async def resume_stream(
 
 @router.post("/{id}/cancel")
 @router.delete("/{id}")
-async def cancel_request(id: str, api: Api) -> Cancellation:
+async def cancel_request(id: str, api: Api, tenant: TenantDep) -> Cancellation:
     """End the request, wherever it is. Its readers get an error of the code ``cancelled``."""
-    answer, request_ids = await api.records.whole(_relay_id(id))
+    answer, request_ids = await api.records.whole(_relay_id(id), tenant.name)
     return Cancellation(id=answer_id(answer, _relay_id(id)), was=await _cancel(api, request_ids))
 
 

@@ -6,11 +6,10 @@ from fastapi import Request
 
 from tokenrelay.service.api.client_terms import IDEMPOTENCY_KEY
 from tokenrelay.service.api.process import ApiProcess
-from tokenrelay.service.messages import DEFAULT_TENANT
 
 
 async def require_room(request: Request) -> None:
     """Raises QueueFull or RateLimited. A request that may stand for an accepted one has to be looked at in full."""
     api: ApiProcess = request.app.state.api
     if IDEMPOTENCY_KEY not in request.headers:
-        await api.queue.load.require_room(DEFAULT_TENANT)
+        await api.queue.load.require_room(request.state.tenant.name)
