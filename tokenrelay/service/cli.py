@@ -44,7 +44,7 @@ _QUEUE = (
     *("max_waiting_per_tenant", "max_waiting_tokens_per_tenant"),
 )
 _HTTP = (
-    *("host", "port", *_QUEUE, "max_body_bytes", "max_n", "keep_alive_seconds"),
+    *("host", "port", *_QUEUE, "max_body_bytes", "max_n", "max_inputs", "pooling", "keep_alive_seconds"),
     *("request_timeout_seconds", "disconnect_grace_seconds"),
     *("api_keys_file", "metrics_need_key", "metrics_tenants", "cors_origins"),
 )

@@ -13,7 +13,7 @@ import msgspec
 from tokenrelay.service.lua import packed
 from tokenrelay.service.messages import VERSION, MessageError, encode
 
-Route = Literal["chat", "completion", "responses", "messages", "ollama_chat", "ollama_generate"]
+Route = Literal["chat", "completion", "responses", "messages", "ollama_chat", "ollama_generate", "embedding"]
 _NUMBERING = ("responses", "messages")  # routes whose events count those before them
 
 

@@ -9,15 +9,18 @@ from typing import Any
 from tokenrelay.model.chat_template import ChatTemplateError
 from tokenrelay.model.sampling_params import SamplingParams, SamplingParamsError
 from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.service.api.embedding_inputs import encode_inputs, require_dimensions
 from tokenrelay.service.api.event_loop import off_loop_if_large
 from tokenrelay.service.api.sampling import require_known, require_plain_beams, sampling, text_size
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest, ChatMessage
 from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.schemas.embeddings import EmbeddingRequest
 from tokenrelay.service.api.schemas.request import GenerationRequest
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.structured import Grammars
 from tokenrelay.service.errors import ContextLengthExceeded, InvalidRequestError
 from tokenrelay.service.messages import Submission
+from tokenrelay.service.settings import Settings
 from tokenrelay.service.tenants import DEFAULT_TENANT, Tenant
 from tokenrelay.service.terms import part_ids
 
@@ -30,14 +33,17 @@ MAX_REPORTED = 10**12  # larger numbers are not worth repeating in a message
 class Admission:
     """Turns bodies into submissions for one served model, of one tenant."""
 
-    def __init__(self, model: ServedModel, max_n: int, grammars: Grammars, tenant: Tenant = DEFAULT_TENANT) -> None:
+    def __init__(
+        self, model: ServedModel, settings: Settings, grammars: Grammars, tenant: Tenant = DEFAULT_TENANT
+    ) -> None:
         self._model = model
-        self._max_n = max_n
+        self._settings = settings
+        self._max_n = settings.max_n
         self._grammars = grammars
         self._tenant = tenant
 
     def of(self, tenant: Tenant) -> Admission:
-        return Admission(self._model, self._max_n, self._grammars, tenant)
+        return Admission(self._model, self._settings, self._grammars, tenant)
 
     async def chat(self, body: ChatCompletionRequest, request_id: str) -> list[Submission]:
         self._require_servable(body)
@@ -50,6 +56,30 @@ class Admission:
         _require_at_most(len(body.prompts), self._max_n, "prompt", "prompts in one request")
         prompts = await off_loop_if_large(sum(map(len, body.prompts)), LARGE_TEXT, self._encoder(body))
         return await self._submissions(body, request_id, prompts, "prompt", COMPLETIONS_MAX_TOKENS)
+
+    async def embedding(self, body: EmbeddingRequest, request_id: str) -> list[Submission]:
+        model = self._model
+        model.require(body.model)
+        most = min(self._settings.max_inputs, self._settings.max_waiting)  # they wait together
+        _require_at_most(len(body.inputs), most, "input", "inputs in one request")
+        require_dimensions(body, model.embedding_size)
+        size = sum(map(len, body.inputs))
+        inputs = await off_loop_if_large(
+            size, LARGE_TEXT, lambda: encode_inputs(body, model.tokenizer, model.max_model_len)
+        )
+        return [
+            Submission(
+                request_id=input_id,
+                prompt_token_ids=token_ids,
+                params=SamplingParams(max_tokens=1),
+                tenant=self._tenant.name,
+                weight=self._tenant.weight,
+                cache_salt=body.cache_salt or "",
+                priority=body.priority or 0,
+                pooling=body.pooling or self._settings.pooling,
+            )
+            for input_id, token_ids in zip(part_ids(request_id, len(inputs)), inputs, strict=True)
+        ]
 
     def _require_servable(self, body: GenerationRequest) -> None:
         self._model.require(body.model)

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.schemas.embeddings import EmbeddingRequest
 from tokenrelay.service.messages import Submission
 from tokenrelay.service.terms import AnswerSpec, Route
 
 Body = ChatCompletionRequest | CompletionRequest
+AnyBody = Body | EmbeddingRequest
 
 
 class Wording(NamedTuple):
@@ -23,11 +25,27 @@ class Wording(NamedTuple):
 
 
 def answer_specs(
-    body: Body, wording: Wording, submissions: Sequence[Submission], tokenizer: Tokenizer
+    body: AnyBody, wording: Wording, submissions: Sequence[Submission], tokenizer: Tokenizer
 ) -> list[AnswerSpec]:
     """One per prompt, all created now."""
     created = int(time.time())
+    if isinstance(body, EmbeddingRequest):
+        return [_embedding_spec(body, wording, submissions, prompt, created) for prompt in range(len(submissions))]
     return [_answer_spec(body, wording, submissions, prompt, tokenizer, created) for prompt in range(len(submissions))]
+
+
+def _embedding_spec(
+    body: EmbeddingRequest, wording: Wording, submissions: Sequence[Submission], prompt: int, created: int
+) -> AnswerSpec:
+    return AnswerSpec(
+        route=wording.route,
+        model=body.model,
+        created=created,
+        num_prompt_tokens=len(submissions[prompt].prompt_token_ids),
+        prompt=prompt,
+        num_prompts=len(submissions),
+        extra=dict(wording.extra),
+    )
 
 
 def _answer_spec(

@@ -13,6 +13,7 @@ from tokenrelay import __version__
 from tokenrelay.service.api.client_terms import IDEMPOTENCY_KEY, TIMEOUT
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.schemas.embeddings import EmbeddingRequest
 from tokenrelay.service.api.schemas.errors import ErrorBody
 
 
@@ -21,7 +22,7 @@ def _header(name: str, description: str, type: str = "string") -> dict[str, Any]
 
 
 _REF = "#/components/schemas/{model}"
-_BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest)
+_BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest, EmbeddingRequest)
 
 _HEADERS = [
     _header(IDEMPOTENCY_KEY, "A request with the key of an earlier one, and its body, is answered with its answer."),

@@ -18,6 +18,7 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     max_model_len: int  # of prompt and output
+    embedding_size: int
     context: int  # tokens that attention sees at once: less than that, if sequences may outgrow it
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -38,11 +39,13 @@ class ServedModel:
 def load_served_model(settings: Settings) -> ServedModel:
     """Resolve the setting ``model`` and read its tokenizer and its limits."""
     source = resolve(settings.model, cache_dir=settings.cache_dir)
-    limit = read_model_config(source).max_position_embeddings
+    config = read_model_config(source)
+    limit = config.max_position_embeddings
     context = min(limit, settings.max_model_len or limit)
     return ServedModel(
         name=settings.served_model_name or source.name,
         tokenizer=Tokenizer.from_source(source),
         max_model_len=MAX_STREAMING_LEN if settings.attention_sinks else context,
+        embedding_size=config.hidden_size,
         context=context,
     )

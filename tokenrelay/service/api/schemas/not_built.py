@@ -78,6 +78,16 @@ ON_COMPLETIONS: Neutral = {
     "suffix": ("",),
 }
 
+ON_EMBEDDINGS: Neutral = {
+    "normalize": (True,),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+    "input_type": (),
+    "task": (),
+    "messages": (),
+    "embd_normalize": (2,),
+}
+
 IN_MESSAGES: Neutral = {
     "tool_calls": ([],),
     "function_call": (),
