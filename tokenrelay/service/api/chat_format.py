@@ -10,6 +10,7 @@ from tokenrelay.service.api.assistant.deltas import Delta, TextDelta
 from tokenrelay.service.api.assistant.messages import answer_message, chunk_delta
 from tokenrelay.service.api.assistant.parser import AssistantParser
 from tokenrelay.service.api.choices import Finished, Output, Step
+from tokenrelay.service.api.common_fields import CommonFields
 from tokenrelay.service.api.logprobs import LogprobsFormat
 from tokenrelay.service.api.schemas.chat import (
     ChatChoice,
@@ -26,8 +27,8 @@ class ChatFormat(ServerSentEvents):
     """Of one chat completion, which has one prompt. ``answer_id`` is ``chatcmpl-…``."""
 
     def __init__(self, specs: Sequence[AnswerSpec], tokenizer: Tokenizer, answer_id: str) -> None:
-        self._id = answer_id
         self._spec = spec = specs[0]
+        self._fields = CommonFields(answer_id, "chat.completion.chunk", specs)
         self._logprobs = LogprobsFormat(spec, tokenizer)
         relay_id = answer_id.rpartition("-")[2]
         self._parsers = [AssistantParser(spec, relay_id, choice) for choice in range(spec.num_generated)]
@@ -37,20 +38,27 @@ class ChatFormat(ServerSentEvents):
         return [self._chunk(roles[0], **self._about_prompt(first.output)), *map(self._chunk, roles[1:])]
 
     def chunks(self, step: Step) -> list[ChatCompletionChunk]:
-        output = step.output
+        output, at_end = step.output, self._fields.at_the_end(step)
+        self._fields.note(output)
+        chunks = self._text_chunks(output)
+        if output.finish_reason:
+            end = self._delta(output.choice, MessageDelta(), finish_reason=self._reason(output))
+            chunks.append(self._chunk(end, **({} if self._spec.include_usage else at_end)))
+        if step.usage and self._spec.include_usage:
+            chunks.append(self._chunk(usage=step.usage, **at_end))
+        return chunks
+
+    def _text_chunks(self, output: Output) -> list[ChatCompletionChunk]:
+        """What is told beside the text comes with the first piece of it."""
         told, deltas = self._told(output), self._deltas(output)
-        chunks = [
+        return [
             self._chunk(self._delta(output.choice, chunk_delta(delta), **(told if i == 0 else {})))
             for i, delta in enumerate(deltas or [TextDelta("")] * bool(told))
         ]
-        if output.finish_reason:
-            chunks.append(self._chunk(self._delta(output.choice, MessageDelta(), finish_reason=self._reason(output))))
-        if step.usage and self._spec.include_usage:
-            chunks.append(self._chunk(usage=step.usage))
-        return chunks
 
     def pass_over(self, step: Step) -> None:
         """What the text means depends on all of it."""
+        self._fields.note(step.output)
         self._deltas(step.output)
 
     def interim(self, name: str | None, **fields: Any) -> bytes:
@@ -58,12 +66,10 @@ class ChatFormat(ServerSentEvents):
 
     def answer(self, finished: Finished) -> ChatCompletion:
         return ChatCompletion(
-            id=self._id,
-            object="chat.completion",
-            created=self._spec.created,
-            model=self._spec.model,
             choices=[self._choice(output) for output in finished.outputs],
             usage=finished.usage,
+            **(self._fields.always | {"object": "chat.completion"}),
+            **self._fields.at_the_end(finished),
             **self._about_prompt(finished.outputs[0]),
         )
 
@@ -101,12 +107,4 @@ class ChatFormat(ServerSentEvents):
 
     def _chunk(self, *choices: ChunkChoice, **fields: Any) -> ChatCompletionChunk:
         """Every field is set here: only set fields are sent."""
-        usage = {"usage": None} if self._spec.include_usage else {}
-        return ChatCompletionChunk(
-            id=self._id,
-            object="chat.completion.chunk",
-            created=self._spec.created,
-            model=self._spec.model,
-            choices=list(choices),
-            **(usage | fields),
-        )
+        return ChatCompletionChunk(choices=list(choices), **(self._fields.of_a_chunk | fields))
