@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from tokenrelay import __version__
-from tokenrelay.service.api import chat, completions, embeddings, health, models, requests
+from tokenrelay.service.api import chat, completions, embeddings, health, models, requests, tokenization
 from tokenrelay.service.api.authentication import AuthenticationMiddleware
 from tokenrelay.service.api.error_handlers import add_error_handlers
 from tokenrelay.service.api.keyring import Keyring
@@ -27,7 +27,7 @@ EXPOSED_HEADERS = [  # to a page's scripts
     *("Retry-After", "retry-after-ms", "x-should-retry"),
     *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
 ]
-PARTS = (chat, completions, embeddings, requests, models, health)
+PARTS = (chat, completions, embeddings, tokenization, requests, models, health)
 
 
 def create_app(settings: Settings, model: ServedModel) -> FastAPI:

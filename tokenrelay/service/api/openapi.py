@@ -15,6 +15,7 @@ from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
 from tokenrelay.service.api.schemas.embeddings import EmbeddingRequest
 from tokenrelay.service.api.schemas.errors import ErrorBody
+from tokenrelay.service.api.schemas.tokenization import ApplyTemplateRequest, DetokenizeRequest, TokenizeRequest
 
 
 def _header(name: str, description: str, type: str = "string") -> dict[str, Any]:
@@ -22,7 +23,10 @@ def _header(name: str, description: str, type: str = "string") -> dict[str, Any]
 
 
 _REF = "#/components/schemas/{model}"
-_BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest, EmbeddingRequest)
+_BODIES: tuple[type[BaseModel], ...] = (
+    *(ChatCompletionRequest, CompletionRequest, EmbeddingRequest),
+    *(TokenizeRequest, DetokenizeRequest, ApplyTemplateRequest),
+)
 
 _HEADERS = [
     _header(IDEMPOTENCY_KEY, "A request with the key of an earlier one, and its body, is answered with its answer."),
@@ -35,13 +39,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def documented(body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
-    """The arguments of a route decorator that describe its body and its answers."""
+def documented(body: type[BaseModel], answer: type[BaseModel], *, queued: bool = True) -> dict[str, Any]:
+    """The arguments of a route decorator that describe its body and its answers, and the headers of queued work."""
     content = {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}}
     return {
         "response_model": None,
-        "responses": {200: {"model": answer, "description": "The answer, if it is not streamed."}, **ERRORS},
-        "openapi_extra": {"requestBody": {"required": True, "content": content}, "parameters": _HEADERS},
+        "responses": {200: {"model": answer, "description": "The answer, unless it is streamed."}, **ERRORS},
+        "openapi_extra": {
+            "requestBody": {"required": True, "content": content},
+            "parameters": _HEADERS if queued else [],
+        },
     }
 
 

@@ -74,6 +74,12 @@ ON_EMBEDDINGS: Neutral = {
     "embd_normalize": (2,),
 }
 
+IN_CONVERSATIONS: Neutral = {
+    "chat_template": (),
+    "documents": ([],),
+    "mm_processor_kwargs": (),
+}
+
 IN_MESSAGES: Neutral = {
     "function_call": (),
     "refusal": (),
