@@ -19,6 +19,7 @@ from tokenrelay.service.embedded_valkey import EmbeddedValkeyError
 from tokenrelay.service.errors import ServiceError
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.worker.role import Role, new_worker_id
+from tokenrelay.terminal.cli import chat, complete
 
 app = typer.Typer(
     name="tokenrelay",
@@ -61,6 +62,8 @@ Inherited = Annotated[int, typer.Option(help="A file descriptor from the supervi
 app.add_typer(dead_letters_cli.app, name="dead")
 app.add_typer(keys_cli.app, name="keys")
 app.command()(bench)
+app.command()(chat)
+app.command()(complete)
 
 
 @app.command()
