@@ -79,6 +79,12 @@ def test_the_benchmark_is_an_outsider() -> None:
     assert importers("service/", of="tokenrelay.bench") == ["service/cli.py"]
 
 
+def test_the_terminal_is_an_outsider() -> None:
+    assert importers("terminal/", of="tokenrelay.service") == importers("terminal/", of="tokenrelay.model") == []
+    assert importers("model/", of="tokenrelay.terminal") == []
+    assert importers("service/", of="tokenrelay.terminal") == ["service/cli.py"]
+
+
 def test_only_the_settings_read_the_environment() -> None:
     readers = [name(path) for path in FILES if "os.environ" in path.read_text() or "getenv" in path.read_text()]
     assert readers == ["service/settings.py"]

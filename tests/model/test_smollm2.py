@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -16,7 +17,7 @@ from tokenrelay.model.config import EngineConfig
 from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.engine.request import Request
 from tokenrelay.model.engine.scheduler import Scheduler
-from tokenrelay.model.sampling_params import SamplingParams
+from tokenrelay.model.sampling_params import Pooling, SamplingParams
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.weights.checkpoint import Checkpoint, open_checkpoint
@@ -55,19 +56,39 @@ def oracle(smollm2_path: Path) -> LlamaForCausalLM:
     return load_oracle(smollm2_path)
 
 
+@pytest.fixture(scope="module")
+def exact(checkpoint: Checkpoint) -> Engine:
+    return make_engine(checkpoint, torch.float32)
+
+
 @pytest.mark.timeout(600)
 @torch.inference_mode()
 def test_greedy_ids_equal_an_uncached_oracle(
-    checkpoint: Checkpoint, prompts: Sequence[list[int]], oracle: LlamaForCausalLM
+    exact: Engine, prompts: Sequence[list[int]], oracle: LlamaForCausalLM
 ) -> None:
     """By induction: if after every prefix the oracle's best token is ours, its greedy text is ours."""
     params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
     requests = [Request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
-    generated = generate(make_engine(checkpoint, torch.float32), requests)
+    generated = generate(exact, requests)
     for name, prompt in enumerate(prompts):
         output = generated[str(name)]
         logits = oracle(torch.tensor([prompt + output]), use_cache=False).logits[0]
         assert logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist() == output
+
+
+@pytest.mark.timeout(600)
+@torch.inference_mode()
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_embeddings_equal_those_of_the_oracle(
+    exact: Engine, prompts: Sequence[list[int]], oracle: LlamaForCausalLM, pooling: Pooling
+) -> None:
+    for prompt in prompts[:3]:
+        exact.add(Request("one", prompt, SamplingParams(max_tokens=1), pooling=pooling))
+        [output] = exact.step()
+        hidden = oracle.model(torch.tensor([prompt]), use_cache=False).last_hidden_state[0].double()
+        state = hidden.mean(dim=0) if pooling == "mean" else hidden[-1]
+        expected = (state / state.norm()).tolist()
+        assert np.frombuffer(output.embedding, "<f4").tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def varied_requests(prompts: Sequence[list[int]], max_tokens: int) -> list[Request]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 HERE = "http://127.0.0.1:8000"
+API_KEY_VARIABLES = ["TOKENRELAY_API_KEY", "OPENAI_API_KEY"]
 _LOAD, _LENGTH, _RUN, _SERVER, _OUT = "Load", "Prompts and output", "Measuring", "Server", "Results"
 
 
@@ -44,7 +45,7 @@ def bench(
     ] = None,
     goodput_gap_ms: Annotated[float | None, _option("… and each further one within this, on average.", _RUN)] = None,
     model: Annotated[str, _option("Empty: the first that the server lists.", _SERVER)] = "",
-    api_key: Annotated[str, _option("Sent as a bearer token.", _SERVER)] = "",
+    api_key: Annotated[str, _option("Sent as a bearer token.", _SERVER, envvar=API_KEY_VARIABLES)] = "",
     timeout: Annotated[float, _option("Seconds a request may take.", _SERVER, min=0.001)] = 600.0,
     plot: Annotated[
         Path | None, _option("Throughput and latency against the option that is a list; .png or .html.", _OUT)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Pooling = Literal["mean", "last"]  # how a prompt's hidden states become one embedding
 
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**31 - 1

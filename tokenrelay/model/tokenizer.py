@@ -72,6 +72,15 @@ class Tokenizer:
         token = self._backend.id_to_token(token_id)
         return b"" if token is None else self._token_bytes(token)
 
+    def spelling(self, token_id: int) -> str:
+        """The token as the vocabulary writes it, in whatever alphabet of its own."""
+        return self._backend.id_to_token(token_id) or ""
+
+    @property
+    def kind(self) -> str:
+        """Of its model: BPE, Unigram …"""
+        return type(self._backend.model).__name__
+
     @property
     def chat_template(self) -> ChatTemplate:
         """How messages become a prompt."""

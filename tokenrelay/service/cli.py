@@ -19,6 +19,7 @@ from tokenrelay.service.embedded_valkey import EmbeddedValkeyError
 from tokenrelay.service.errors import ServiceError
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.worker.role import Role, new_worker_id
+from tokenrelay.terminal.cli import chat, complete
 
 app = typer.Typer(
     name="tokenrelay",
@@ -44,7 +45,7 @@ _QUEUE = (
     *("max_waiting_per_tenant", "max_waiting_tokens_per_tenant"),
 )
 _HTTP = (
-    *("host", "port", *_QUEUE, "max_body_bytes", "max_n", "keep_alive_seconds"),
+    *("host", "port", *_QUEUE, "max_body_bytes", "max_n", "max_inputs", "pooling", "keep_alive_seconds"),
     *("request_timeout_seconds", "disconnect_grace_seconds"),
     *("api_keys_file", "metrics_need_key", "metrics_tenants", "cors_origins", "log_prompts"),
 )
@@ -61,6 +62,8 @@ Inherited = Annotated[int, typer.Option(help="A file descriptor from the supervi
 app.add_typer(dead_letters_cli.app, name="dead")
 app.add_typer(keys_cli.app, name="keys")
 app.command()(bench)
+app.command()(chat)
+app.command()(complete)
 
 
 @app.command()

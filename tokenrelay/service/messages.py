@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from tokenrelay.model.sampling_params import SamplingParams, TokenLogprobs
+from tokenrelay.model.sampling_params import Pooling, SamplingParams, TokenLogprobs
 from tokenrelay.service.tenants import DEFAULT_TENANT
 
 VERSION = 1
@@ -24,7 +24,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``weight`` is the tenant's share of the queue. ``cache_salt`` divides its prefix cache further. A lower ``priority``
     is served sooner. ``prompt_only`` asks for no output at all: the one token that is sampled anyway is dropped, and
-    counted nowhere.
+    counted nowhere. With ``pooling`` nothing is sampled: the answer is the prompt's embedding.
     """
 
     request_id: str
@@ -36,12 +36,14 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: int = 0
     skip_special_tokens: bool = True
     prompt_only: bool = False
+    pooling: Pooling | None = None
     version: int = msgspec.field(default_factory=lambda: VERSION)  # a factory, or it would be left out when encoded
 
     @property
     def cost(self) -> int:
         """Tokens this request may occupy: what fair queueing and admission count."""
-        return len(self.prompt_token_ids) + max(self.params.n, self.params.beam_width) * self.params.max_tokens
+        num_choices = 0 if self.pooling else max(self.params.n, self.params.beam_width)
+        return len(self.prompt_token_ids) + num_choices * self.params.max_tokens
 
     @property
     def turn(self) -> int:
@@ -78,8 +80,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     behind the ids while a stop string or a UTF-8 sequence is incomplete. ``logprobs`` has one entry per token id,
     ``prompt_logprobs`` one per prompt token, None for the first, and comes with the log's first event; both only if
     asked for. ``mirostat_mu`` is the sampler's state behind these tokens, which a resumed choice begins with.
-    ``finish_reason`` ends the choice, and ``stop_string`` is what made it ``stop``, unless a token did. The entry with
-    ``usage`` or ``error`` is terminal: exactly one, the last of the log.
+    ``embedding``, float32 numbers, little endian, is all that comes of a pooled prompt. ``finish_reason`` ends the
+    choice, and ``stop_string`` is what made it ``stop``, unless a token did. The entry with ``usage`` or ``error`` is
+    terminal: exactly one, the last of the log.
     """
 
     choice: int = 0
@@ -88,6 +91,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs | None] = []
     mirostat_mu: float | None = None
+    embedding: bytes = b""
     finish_reason: str | None = None
     stop_string: str = ""
     usage: Usage | None = None

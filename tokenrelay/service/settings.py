@@ -145,6 +145,10 @@ class Settings(BaseSettings):
     # what a client may send
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
     max_n: int = Field(16, ge=1, description="Largest n, and most prompts in one completion request.")
+    max_inputs: int = Field(2048, ge=1, description="Most inputs in one embedding request, unless fewer may wait.")
+    pooling: Literal["mean", "last"] = Field(
+        "mean", description="How a text becomes one embedding, if the request does not say: mean or last."
+    )
     keep_alive_seconds: float = Field(15.0, gt=0, description="A silent stream sends an SSE comment this often.")
 
     log_prompts: bool = Field(False, description="Log every prompt, as the model sees it; else none ever is.")

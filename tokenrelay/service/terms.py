@@ -14,7 +14,7 @@ from tokenrelay.service.lua import packed
 from tokenrelay.service.messages import UNREADABLE, VERSION, MessageError, encode
 from tokenrelay.service.tenants import NO_LIMITS, Limits
 
-Route = Literal["chat", "completion", "responses", "messages", "ollama_chat", "ollama_generate"]
+Route = Literal["chat", "completion", "responses", "messages", "ollama_chat", "ollama_generate", "embedding"]
 _NUMBERING = ("responses", "messages")  # routes whose events count those before them
 
 

@@ -44,7 +44,7 @@ def prompt_of(*token_ids: int) -> Submission:
 
 def served(tokenizer: Tokenizer) -> ServedModel:
     dialect = Dialect.of(tokenizer)
-    return ServedModel(name="m", tokenizer=tokenizer, max_model_len=64, context=64, dialect=dialect)
+    return ServedModel(name="m", tokenizer=tokenizer, max_model_len=64, embedding_size=8, context=64, dialect=dialect)
 
 
 def chat_format(tokenizer: Tokenizer, **fields: Any) -> LogprobsFormat:

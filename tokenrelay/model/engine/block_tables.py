@@ -43,8 +43,8 @@ class BlockTables:
         return -(-num_tokens // self._block_size)
 
     def fits(self, request: Request, prefix: KnownPrefix, num_batched_tokens: int) -> bool:
-        """Whether all its tokens and the next would fit now, were nobody else to grow."""
-        needed = self.num_blocks(request.num_tokens + 1)
+        """Whether all its tokens and the next, if there is one, would fit now, were nobody else to grow."""
+        needed = self.num_blocks(request.num_tokens + (request.pooling is None))
         if self._window.size:
             held = self._window.size + num_batched_tokens + 2 * self._block_size
             needed = min(
@@ -71,7 +71,7 @@ class BlockTables:
     # --- sharing --------------------------------------------------------------------------------------------------
 
     def _shares(self, request: Request) -> bool:
-        return self._enable_prefix_caching and not request.wants_prompt_logprobs
+        return self._enable_prefix_caching and not request.needs_every_token
 
     def known_prefix(self, request: Request) -> KnownPrefix:
         """The longest one. The last token does not count: it is computed for its logits."""

@@ -123,11 +123,11 @@ class Engine:
         """Queue a request. One that another engine had begun brings its emitted ids along.
 
         Raises:
-            ValueError: the id is known, or prompt and output so far fill the context.
+            ValueError: the id is known, or prompt and output so far fill the context. (an embedding needs no output)
         """
         if request.request_id in self.scheduler.requests:
             raise ValueError(f"request {request.request_id!r} is already here")
-        if request.num_tokens >= self.max_model_len:
+        if request.num_tokens + (request.pooling is None) > self.max_model_len:
             raise ValueError(f"{request.num_tokens} tokens leave no room in a context of {self.max_model_len}")
         self.scheduler.add(request)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenrelay.model.engine.block_tables import Window
 from tokenrelay.model.engine.logprobs import token_logprobs
+from tokenrelay.model.engine.pooling import pool
 from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.engine.step import Sampled, ScheduledRequest, SchedulerOutput
 from tokenrelay.model.sampling_params import TokenLogprobs
@@ -51,7 +52,11 @@ class ModelRunner:
         metadata = self._metadata(batch, positions)
         hidden = self.model(input_ids, self._tensor(np.concatenate(positions)), self._kv_cache, metadata)
         starts = np.cumsum([0, *(entry.num_rows for entry in batch)])
-        return self._with_prompt_logprobs(self._sample(batch, hidden, starts), batch, hidden, starts)
+        sampled = self._with_prompt_logprobs(self._sample(batch, hidden, starts), batch, hidden, starts)
+        for index, entry in enumerate(batch):
+            if entry.request.pooling is not None:
+                sampled[index] = pool(entry, hidden[starts[index] : starts[index + 1]])
+        return sampled
 
     def _metadata(self, batch: Sequence[ScheduledRequest], positions: Sequence[np.ndarray]) -> AttentionMetadata:
         tables = [np.array(entry.request.block_table, dtype=np.int64) for entry in batch]

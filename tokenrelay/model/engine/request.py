@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tokenrelay.model.engine.speculation import PromptLookup
-from tokenrelay.model.sampling_params import FinishReason, SamplingParams, TokenLogprobs
+from tokenrelay.model.sampling_params import FinishReason, Pooling, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:  # an engine without grammars does not load their library
+    import numpy as np
+
     from tokenrelay.model.structured.constraint import Constraint
 
 
@@ -19,7 +21,8 @@ class Request:
 
     Written by the caller: ``request_id``, ``params``, ``cache_salt``, ``priority`` (lower is sooner), the grammar's
     ``constraint`` and the prompt; for a resumed request also the ids another engine had already emitted, and
-    mirostat's state after them. Written by the scheduler: everything else.
+    mirostat's state after them. With ``pooling`` nothing is sampled: the request ends with the prompt's embedding.
+    Written by the scheduler: everything else.
     """
 
     __slots__ = (
@@ -30,6 +33,7 @@ class Request:
         "cache_salt",
         "constraint",
         "finish_reason",
+        "hidden_sum",
         "lookup",
         "mirostat_mu",
         "num_cached_tokens",
@@ -38,6 +42,7 @@ class Request:
         "num_preemptions",
         "num_prompt_tokens",
         "params",
+        "pooling",
         "priority",
         "prompt_logprobs",
         "request_id",
@@ -55,6 +60,7 @@ class Request:
         priority: int = 0,
         constraint: Constraint | None = None,
         mirostat_mu: float | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         if not prompt_token_ids:
             raise ValueError("a prompt needs at least one token")
@@ -72,6 +78,8 @@ class Request:
         self.num_freed_blocks = 0  # of the table's beginning, behind the attention's sinks: out of its window
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.pooling = pooling
+        self.hidden_sum: np.ndarray | None = None  # over the tokens computed so far, for the mean
         self.mirostat_mu = 2 * params.mirostat_tau if mirostat_mu is None else mirostat_mu
         self.lookup: PromptLookup | None = None
         self.constraint = constraint
@@ -105,6 +113,11 @@ class Request:
     def wants_prompt_logprobs(self) -> bool:
         """They need every prompt token's hidden state, and come with the first output."""
         return self.params.prompt_logprobs is not None and self.num_output_tokens == 0
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Whether tokens whose keys are known must be computed all the same, for their hidden states."""
+        return self.wants_prompt_logprobs or self.pooling == "mean"
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Hashes of the first ``num_blocks`` full blocks: SHA-256 over (parent's hash, token ids), the root being

@@ -64,7 +64,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.num_arrivals += 1
         request.arrival = self.num_arrivals
-        if self.config.num_speculative_tokens and not request.params.mirostat_tau:  # mirostat needs each token's turn
+        sampled_by_itself = request.pooling is None and not request.params.mirostat_tau  # which needs each token's turn
+        if self.config.num_speculative_tokens and sampled_by_itself:
             request.lookup = PromptLookup(self.config.num_speculative_tokens)
         self.requests[request.request_id] = request
         insort(self.waiting, request, key=in_order)
@@ -180,7 +181,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Free its blocks and recompute it later, when its turn in the order comes."""
         self.block_tables.release(request)
-        request.prompt_logprobs = []
+        request.prompt_logprobs, request.hidden_sum = [], None
         self.running.remove(request)
         insort(self.waiting, request, key=in_order)
         request.num_preemptions += 1
@@ -195,6 +196,9 @@ class Scheduler:
         for entry, drawn in zip(output.scheduled, sampled, strict=True):
             request, num_accepted = entry.request, max(0, len(drawn.token_ids) - 1)
             request.prompt_logprobs += drawn.prompt_logprobs
+            request.hidden_sum = drawn.hidden_sum
+            if drawn.embedding:
+                results.append(self._end(request, drawn.embedding))
             if drawn.token_ids:
                 results.append(self._append(request, drawn))
                 self._observe(entry, num_accepted)
@@ -226,6 +230,11 @@ class Scheduler:
             prompt_logprobs,
             drawn.mirostat_mu,
         )
+
+    def _end(self, request: Request, embedding: bytes) -> StepOutput:
+        """A pooled request is done with its prompt."""
+        request.finish_reason = FinishReason.STOP
+        return StepOutput(request.request_id, (), request.finish_reason, request.num_cached_tokens, embedding=embedding)
 
     def _observe(self, entry: ScheduledRequest, num_accepted: int) -> None:
         if entry.draft_token_ids and entry.request.lookup is not None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tokenrelay.model.engine.request import Request
 from tokenrelay.model.sampling_params import FinishReason, TokenLogprobs
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class ScheduledRequest(NamedTuple):
@@ -22,9 +25,14 @@ class ScheduledRequest(NamedTuple):
         return self.num_tokens + len(self.draft_token_ids)
 
     @property
-    def samples(self) -> bool:
-        """Whether the step reaches the request's last known token, so that a next one is drawn."""
+    def completes(self) -> bool:
+        """Whether the step reaches the request's last known token."""
         return self.num_tokens == self.request.num_uncomputed_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether a next token is drawn."""
+        return self.completes and self.request.pooling is None
 
 
 @dataclass(slots=True)
@@ -42,19 +50,23 @@ class SchedulerOutput:
 
 class Sampled(NamedTuple):
     """What a step gave one scheduled request: the drafts that were right and one token more, or nothing after a mere
-    chunk. ``prompt_logprobs`` are of the prompt tokens that the chunk's rows predict."""
+    chunk. ``prompt_logprobs`` are of the prompt tokens that the chunk's rows predict. A pooled request gets its
+    ``embedding`` at the end, and until then ``hidden_sum``, what the next chunk adds to."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     mirostat_mu: float | None = None
+    embedding: bytes = b""
+    hidden_sum: np.ndarray | None = None
 
 
 class StepOutput(NamedTuple):
     """A request's new tokens. ``num_cached_tokens`` of its prompt came from the prefix cache.
 
     ``logprobs`` has one entry per token if they were asked for; ``prompt_logprobs`` comes with the first output, one
-    entry per prompt token, None for the first. ``finish_reason`` belongs to the last token.
+    entry per prompt token, None for the first. ``finish_reason`` belongs to the last token. ``embedding`` is all that
+    a pooled request gives: float32 numbers, little endian, of the length 1.
     """
 
     request_id: str
@@ -64,3 +76,4 @@ class StepOutput(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     mirostat_mu: float | None = None
+    embedding: bytes = b""

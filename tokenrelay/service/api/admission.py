@@ -9,18 +9,22 @@ from typing import Any, TypeVar
 from tokenrelay.model.chat_template import ChatTemplateError
 from tokenrelay.model.sampling_params import SamplingParams, SamplingParamsError
 from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.service.api.assistant.forced_calls import structure_of
 from tokenrelay.service.api.assistant.prompt import template_arguments
+from tokenrelay.service.api.embedding_inputs import encode_inputs, require_dimensions
 from tokenrelay.service.api.entitlement import most_tokens
 from tokenrelay.service.api.event_loop import off_loop_if_large
 from tokenrelay.service.api.sampling import require_known, require_plain_beams, sampling, text_size
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.schemas.embeddings import EmbeddingRequest
 from tokenrelay.service.api.schemas.request import GenerationRequest
 from tokenrelay.service.api.schemas.structured import Structure
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.structured import Grammars
 from tokenrelay.service.errors import ContextLengthExceeded, InvalidRequestError
 from tokenrelay.service.messages import Submission
+from tokenrelay.service.settings import Settings
 from tokenrelay.service.tenants import DEFAULT_TENANT, Tenant
 from tokenrelay.service.terms import part_ids
 
@@ -36,14 +40,17 @@ Body = TypeVar("Body", bound=GenerationRequest)
 class Admission:
     """Turns bodies into submissions for one served model, of one tenant."""
 
-    def __init__(self, model: ServedModel, max_n: int, grammars: Grammars, tenant: Tenant = DEFAULT_TENANT) -> None:
+    def __init__(
+        self, model: ServedModel, settings: Settings, grammars: Grammars, tenant: Tenant = DEFAULT_TENANT
+    ) -> None:
         self._model = model
-        self._max_n = max_n
+        self._settings = settings
+        self._max_n = settings.max_n
         self._grammars = grammars
         self._tenant = tenant
 
     def of(self, tenant: Tenant) -> Admission:
-        return Admission(self._model, self._max_n, self._grammars, tenant)
+        return Admission(self._model, self._settings, self._grammars, tenant)
 
     async def chat(self, body: ChatCompletionRequest, request_id: str, *, fit: bool = False) -> list[Submission]:
         """``fit``: where there is room for fewer tokens than are asked for, so many are meant."""
@@ -63,6 +70,30 @@ class Admission:
         prompts = await off_loop_if_large(sum(map(len, body.prompts)), LARGE_TEXT, self._encoder(body))
         body, default = _fitting(body, self._model.context) if fit else (body, COMPLETIONS_MAX_TOKENS)
         return await self._submissions(body, request_id, prompts, "prompt", default, body.structure)
+
+    async def embedding(self, body: EmbeddingRequest, request_id: str) -> list[Submission]:
+        model = self._model
+        model.require(body.model)
+        most = min(self._settings.max_inputs, self._settings.max_waiting)  # they wait together
+        _require_at_most(len(body.inputs), most, "input", "inputs in one request")
+        require_dimensions(body, model.embedding_size)
+        size = sum(map(len, body.inputs))
+        inputs = await off_loop_if_large(
+            size, LARGE_TEXT, lambda: encode_inputs(body, model.tokenizer, model.max_model_len)
+        )
+        return [
+            Submission(
+                request_id=input_id,
+                prompt_token_ids=token_ids,
+                params=SamplingParams(max_tokens=1),
+                tenant=self._tenant.name,
+                weight=self._tenant.weight,
+                cache_salt=body.cache_salt or "",
+                priority=body.priority or 0,
+                pooling=body.pooling or self._settings.pooling,
+            )
+            for input_id, token_ids in zip(part_ids(request_id, len(inputs)), inputs, strict=True)
+        ]
 
     def _require_servable(self, body: GenerationRequest) -> None:
         self._model.require(body.model)

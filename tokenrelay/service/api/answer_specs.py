@@ -10,6 +10,7 @@ from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.assistant.reasoning import opened_by
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.schemas.embeddings import EmbeddingRequest
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.messages import Submission
 from tokenrelay.service.terms import AnswerSpec, Route
@@ -17,6 +18,7 @@ from tokenrelay.service.terms import AnswerSpec, Route
 END = 16  # tokens of a prompt: enough for a tag that opens the reasoning, and white space
 
 Body = ChatCompletionRequest | CompletionRequest
+AnyBody = Body | EmbeddingRequest
 
 
 class Wording(NamedTuple):
@@ -27,11 +29,27 @@ class Wording(NamedTuple):
 
 
 def answer_specs(
-    body: Body, wording: Wording, submissions: Sequence[Submission], model: ServedModel
+    body: AnyBody, wording: Wording, submissions: Sequence[Submission], model: ServedModel
 ) -> list[AnswerSpec]:
     """One per prompt, all created now."""
     created = int(time.time())
+    if isinstance(body, EmbeddingRequest):
+        return [_embedding_spec(body, wording, submissions, prompt, created) for prompt in range(len(submissions))]
     return [_answer_spec(body, wording, submissions, prompt, model, created) for prompt in range(len(submissions))]
+
+
+def _embedding_spec(
+    body: EmbeddingRequest, wording: Wording, submissions: Sequence[Submission], prompt: int, created: int
+) -> AnswerSpec:
+    return AnswerSpec(
+        route=wording.route,
+        model=body.model,
+        created=created,
+        num_prompt_tokens=len(submissions[prompt].prompt_token_ids),
+        prompt=prompt,
+        num_prompts=len(submissions),
+        extra=dict(wording.extra),
+    )
 
 
 def _answer_spec(

@@ -11,13 +11,14 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from tokenrelay.model.tokenizer import Tokenizer
-from tokenrelay.service.api.answer_specs import Body, Wording
+from tokenrelay.service.api.answer_specs import AnyBody, Wording
 from tokenrelay.service.api.anthropic.messages_format import PREFIX as MESSAGE
 from tokenrelay.service.api.anthropic.messages_format import MessagesFormat
 from tokenrelay.service.api.chat_format import ChatFormat
 from tokenrelay.service.api.choices import LARGE_LOGPROBS, Choices, Finished
 from tokenrelay.service.api.client_terms import terms_of
 from tokenrelay.service.api.completion_format import CompletionFormat
+from tokenrelay.service.api.embedding_format import EmbeddingFormat
 from tokenrelay.service.api.event_loop import client_gone, off_loop_if_large, race
 from tokenrelay.service.api.event_stream import EventStream, StreamFormat
 from tokenrelay.service.api.interim import InterimFormat, interim_frames
@@ -50,10 +51,11 @@ _WIRES: Mapping[Route, _Wire] = {
     "ollama_chat": _Wire(OLLAMA, OllamaChatFormat),
     "ollama_generate": _Wire(OLLAMA, OllamaGenerateFormat),
     "responses": _Wire(RESPONSE, ResponseFormat),
+    "embedding": _Wire("embd-", EmbeddingFormat),
 }
 
 
-async def answer(request: Request, body: Body, submissions: Sequence[Submission], wording: Wording) -> Response:
+async def answer(request: Request, body: AnyBody, submissions: Sequence[Submission], wording: Wording) -> Response:
     """Queue, then answer: a refusal is a proper HTTP status, since no response has begun."""
     api: ApiProcess = request.app.state.api
     terms = terms_of(request, body, wording, submissions, api.model, api.settings.request_timeout_seconds)

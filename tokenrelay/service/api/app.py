@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from tokenrelay import __version__
-from tokenrelay.service.api import chat, completions, health, models, requests, usage
+from tokenrelay.service.api import chat, completions, embeddings, health, models, requests, tokenization, usage
 from tokenrelay.service.api.anthropic import routes as anthropic
 from tokenrelay.service.api.authentication import AuthenticationMiddleware
 from tokenrelay.service.api.error_handlers import add_error_handlers
@@ -31,7 +31,11 @@ EXPOSED_HEADERS = [  # to a page's scripts
     *("Retry-After", "retry-after-ms", "x-should-retry"),
     *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
 ]
-PARTS = (chat, completions, responses, anthropic, ollama, ollama_models, requests, models, usage, health)
+PARTS = (
+    *(chat, completions, responses, embeddings, tokenization),
+    *(anthropic, ollama, ollama_models),
+    *(requests, models, usage, health),
+)
 
 
 def create_app(settings: Settings, model: ServedModel) -> FastAPI:

@@ -35,11 +35,13 @@ class Output:
     prompt_logprobs: Sequence[TokenLogprobs | None] = ()
     finish_reason: str | None = None
     stop_string: str = ""
+    embedding: bytes = b""
 
     @property
     def num_entries(self) -> int:
-        """Log probabilities to write."""
-        return sum(1 + len(token.top) for token in (*self.prompt_logprobs, *self.logprobs) if token)
+        """Numbers to write: log probabilities, or an embedding's."""
+        told = (*self.prompt_logprobs, *self.logprobs)
+        return len(self.embedding) // 4 + sum(1 + len(token.top) for token in told if token)
 
     @property
     def mean_logprob(self) -> float:
@@ -214,7 +216,14 @@ class _FirstOutputs:
 
 def _output(choice: int, event: Event, prompt_logprobs: Sequence[TokenLogprobs | None]) -> Output:
     return Output(
-        choice, event.text, event.token_ids, event.logprobs, prompt_logprobs, event.finish_reason, event.stop_string
+        choice,
+        event.text,
+        event.token_ids,
+        event.logprobs,
+        prompt_logprobs,
+        event.finish_reason,
+        event.stop_string,
+        event.embedding,
     )
 
 
@@ -228,6 +237,7 @@ def _joined(parts: Sequence[Output]) -> Output:
         parts[0].prompt_logprobs,
         next(part.finish_reason for part in reversed(parts) if part.finish_reason),
         "".join(part.stop_string for part in parts),
+        b"".join(part.embedding for part in parts),
     )
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from fastapi import Request
 
-from tokenrelay.service.api.answer_specs import Body, Wording, answer_specs
-from tokenrelay.service.api.schemas.request import MAX_TIMEOUT_SECONDS, GenerationRequest
+from tokenrelay.service.api.answer_specs import AnyBody, Wording, answer_specs
+from tokenrelay.service.api.schemas.queued import MAX_TIMEOUT_SECONDS, QueuedRequest
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.errors import InvalidRequestError
 from tokenrelay.service.messages import Submission
@@ -24,7 +24,7 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 def terms_of(
     request: Request,
-    body: Body,
+    body: AnyBody,
     wording: Wording,
     submissions: Sequence[Submission],
     model: ServedModel,
@@ -42,7 +42,7 @@ def terms_of(
     ]
 
 
-def _timeout(request: Request, body: GenerationRequest) -> float | None:
+def _timeout(request: Request, body: QueuedRequest) -> float | None:
     """Seconds, the shorter of what header and body ask for."""
     given = request.headers.get(TIMEOUT)
     try:
@@ -66,7 +66,7 @@ def _idempotency_key(request: Request) -> str:
     return key or ""
 
 
-def _fingerprint(request: Request, body: GenerationRequest, wording: Wording) -> str:
+def _fingerprint(request: Request, body: QueuedRequest, wording: Wording) -> str:
     """Of everything that decides the answer. A null is as good as a field left out."""
     extra = json.dumps(wording.extra, sort_keys=True)
     content = f"{request.scope['path']}\n{extra}\n{body.model_dump_json(exclude_none=True)}"

@@ -16,7 +16,9 @@ from tokenrelay.service.api.ollama.request import OllamaChatRequest, OllamaGener
 from tokenrelay.service.api.responses.request import ResponsesRequest
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.schemas.embeddings import EmbeddingRequest
 from tokenrelay.service.api.schemas.errors import ErrorBody
+from tokenrelay.service.api.schemas.tokenization import ApplyTemplateRequest, DetokenizeRequest, TokenizeRequest
 
 
 def _header(name: str, description: str, type: str = "string") -> dict[str, Any]:
@@ -27,6 +29,8 @@ _REF = "#/components/schemas/{model}"
 _BODIES: tuple[type[BaseModel], ...] = (
     *(ChatCompletionRequest, CompletionRequest, ResponsesRequest, MessagesRequest, CountTokensRequest),
     *(OllamaChatRequest, OllamaGenerateRequest, ShowRequest),
+    EmbeddingRequest,
+    *(TokenizeRequest, DetokenizeRequest, ApplyTemplateRequest),
 )
 
 _HEADERS = [
@@ -46,13 +50,18 @@ def errors(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 ERRORS = errors(ErrorBody)
 
 
-def documented(body: type[BaseModel], answer: type[BaseModel], error: type[BaseModel] = ErrorBody) -> dict[str, Any]:
-    """The arguments of a route decorator that describe its body and its answers."""
+def documented(
+    body: type[BaseModel], answer: type[BaseModel], error: type[BaseModel] = ErrorBody, *, queued: bool = True
+) -> dict[str, Any]:
+    """The arguments of a route decorator that describe its body and its answers, and the headers of queued work."""
     content = {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}}
     return {
         "response_model": None,
-        "responses": {200: {"model": answer, "description": "The answer, if it is not streamed."}, **errors(error)},
-        "openapi_extra": {"requestBody": {"required": True, "content": content}, "parameters": _HEADERS},
+        "responses": {200: {"model": answer, "description": "The answer, unless it is streamed."}, **errors(error)},
+        "openapi_extra": {
+            "requestBody": {"required": True, "content": content},
+            "parameters": _HEADERS if queued else [],
+        },
     }
 
 

@@ -74,7 +74,7 @@ async def running(
         settings=settings,
         model=model,
         metrics=metrics,
-        admission=Admission(model, settings.max_n, grammars),
+        admission=Admission(model, settings, grammars),
         queue=queue,
         generations=Generations(queue, mailbox, records, metrics, settings.disconnect_grace_seconds),
         records=records,

@@ -53,9 +53,9 @@ def _outcome(logs: Sequence[Log]) -> str | None:
 
 
 def _num_computed(record: RequestRecord, log: Log) -> int:
-    """A token can only have come behind the whole prompt."""
+    """A token, or an embedding, can only have come behind the whole prompt."""
     num_prompt_tokens = record.answer.num_prompt_tokens
-    begun = any(event.token_ids for _, event in log)
+    begun = any(event.token_ids or event.embedding for _, event in log)
     return num_prompt_tokens if begun else min(record.num_computed_prompt_tokens, num_prompt_tokens)
 
 

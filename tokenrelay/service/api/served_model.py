@@ -22,6 +22,7 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     max_model_len: int  # of prompt and output
+    embedding_size: int
     context: int  # tokens that attention sees at once: less than that, if sequences may outgrow it
     dialect: Dialect
     fingerprint: str = ""  # of what decides a text beside the request
@@ -53,6 +54,7 @@ def load_served_model(settings: Settings) -> ServedModel:
         name=settings.served_model_name or source.name,
         tokenizer=tokenizer,
         max_model_len=MAX_STREAMING_LEN if settings.attention_sinks else context,
+        embedding_size=config.hidden_size,
         context=context,
         dialect=Dialect.of(tokenizer, settings.tool_call_format, settings.reasoning_format),
         fingerprint=_fingerprint(settings, source),

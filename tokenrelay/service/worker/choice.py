@@ -39,6 +39,9 @@ class Choice:
             return Event(
                 choice=self.index, prompt_logprobs=list(output.prompt_logprobs), finish_reason=self.finish_reason
             )
+        if output.embedding:
+            self.finish_reason = output.finish_reason
+            return Event(choice=self.index, embedding=output.embedding, finish_reason=self.finish_reason)
         num_before = len(self.token_ids)
         text = self._append_all(output.token_ids, output.finish_reason)
         token_ids = self.token_ids[num_before:]

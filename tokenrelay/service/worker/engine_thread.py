@@ -132,7 +132,7 @@ class EngineThread(threading.Thread):
         num_tokens = self._engine.scheduler.num_scheduled_tokens - before
         self._metrics.iteration_tokens.observe(num_tokens)
         num_sampled = sum(len(output.token_ids) for output in outputs)
-        self._metrics.prefill_tokens.inc(num_tokens - len(outputs))
+        self._metrics.prefill_tokens.inc(num_tokens - sum(bool(output.token_ids) for output in outputs))
         self._metrics.decode_tokens.inc(num_sampled)
         work = self._processor.process(self._without_failed(outputs))
         self._abort(work.abort)

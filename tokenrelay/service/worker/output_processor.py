@@ -217,6 +217,7 @@ def _engine_request(
         priority=submission.priority,
         constraint=constraint,
         mirostat_mu=so_far.mirostat_mu if so_far else None,
+        pooling=submission.pooling,
     )
 
 

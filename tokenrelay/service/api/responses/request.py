@@ -11,7 +11,7 @@ from tokenrelay.model.sampling_params import MAX_LOGPROBS, MAX_SEED
 from tokenrelay.service.api.responses.items import InputItem, chosen
 from tokenrelay.service.api.schemas.chat import MAX_MESSAGES
 from tokenrelay.service.api.schemas.not_built import Neutral
-from tokenrelay.service.api.schemas.request import MAX_PRIORITY, MAX_SALT_CHARACTERS, MAX_TIMEOUT_SECONDS
+from tokenrelay.service.api.schemas.queued import MAX_PRIORITY, MAX_SALT_CHARACTERS, MAX_TIMEOUT_SECONDS
 from tokenrelay.service.api.schemas.request_schema import RequestSchema
 from tokenrelay.service.api.schemas.sampling import SamplingFields
 

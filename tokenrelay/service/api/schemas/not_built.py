@@ -64,6 +64,22 @@ ON_COMPLETIONS: Neutral = {
     "suffix": ("",),
 }
 
+ON_EMBEDDINGS: Neutral = {
+    "normalize": (True,),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+    "input_type": (),
+    "task": (),
+    "messages": (),
+    "embd_normalize": (2,),
+}
+
+IN_CONVERSATIONS: Neutral = {
+    "chat_template": (),
+    "documents": ([],),
+    "mm_processor_kwargs": (),
+}
+
 IN_MESSAGES: Neutral = {
     "function_call": (),
     "refusal": (),

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from tokenrelay.model.sampling_params import MAX_SEED
 from tokenrelay.service.api.schemas.not_built import IN_STREAM_OPTIONS, Neutral
 from tokenrelay.service.api.schemas.output import OutputFields
+from tokenrelay.service.api.schemas.queued import QueuedRequest
 from tokenrelay.service.api.schemas.request_schema import RequestSchema
 from tokenrelay.service.api.schemas.sampling import SamplingFields
 from tokenrelay.service.api.schemas.structured import StructuredFields
@@ -17,9 +18,6 @@ from tokenrelay.service.api.schemas.structured import StructuredFields
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 256
-MAX_PRIORITY = 100  # either way: what the queue's order has room for
-MAX_SALT_CHARACTERS = 256
-MAX_TIMEOUT_SECONDS = 24 * 3600  # what the broker keeps of a live request
 
 _TIERS = {"flex": 10, "priority": -10}
 
@@ -46,10 +44,9 @@ class StreamOptions(RequestSchema):
         return self
 
 
-class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestSchema):
+class GenerationRequest(SamplingFields, OutputFields, StructuredFields, QueuedRequest):
     """The parameters both routes share. A null is as good as a field left out."""
 
-    model: str = Field(description="The served model's name, as in GET /v1/models.")
     max_tokens: int | None = Field(
         None, ge=0, description="Most tokens to generate. 0 scores the prompt: only with echo or prompt_logprobs."
     )
@@ -65,25 +62,9 @@ class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestS
     )
     min_tokens: int | None = Field(None, ge=0, description="Tokens before an end may come. Default 0.")
     ignore_eos: bool | None = Field(None, description="Go on after the end-of-sequence token. Default false.")
-    truncate_prompt_tokens: int | None = Field(None, ge=1, description="Use only so many last tokens of the prompt.")
-    priority: int | None = Field(
-        None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Lower is served sooner. Default 0."
-    )
-    cache_salt: str | None = Field(
-        None,
-        min_length=1,
-        max_length=MAX_SALT_CHARACTERS,
-        description="Cached prefixes are shared only with requests of the same salt.",
-    )
     cache_prompt: bool | None = Field(None, description="Whether the prompt may be found in the cache. Default true.")
     service_tier: Literal["auto", "default", "flex", "priority"] | None = Field(
         None, description="flex: after the others; priority: before them. `priority` says it more finely."
-    )
-    timeout: float | None = Field(
-        None,
-        gt=0,
-        le=MAX_TIMEOUT_SECONDS,
-        description="Seconds until the request must be done, its time in the queue included.",
     )
     on_disconnect: Literal["cancel", "continue"] | None = Field(
         None, description="What your leaving means. A request that continues can be read later. Default cancel."
@@ -98,7 +79,6 @@ class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestS
     )
     prompt_cache_key: str | None = Field(None, description="Has no effect here: equal prompts always share the cache.")
     safety_identifier: str | None = Field(None, description="Your end user; has no effect here.")
-    user: str | None = Field(None, description="Your end user; has no effect here.")
     metadata: dict[str, str] | None = Field(None, description="Your notes; have no effect here.")
 
     @property

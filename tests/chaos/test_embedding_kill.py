@@ -1,0 +1,34 @@
+"""A worker is killed over half of a request's embeddings: the next one computes the rest, to the same bits."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.service.running import MODEL, RunningService, wait_until
+
+INPUTS = [[(7 * i + 3 * j) % 2000 + 3 for j in range(100 + 4 * i)] for i in range(100)]
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_workers_embeddings_are_computed_by_the_next(tiny_service: RunningService) -> None:
+    body = {"model": MODEL, "input": INPUTS, "encoding_format": "base64"}
+    with httpx.Client(base_url=tiny_service.url, timeout=120) as http, ThreadPoolExecutor(1) as threads:
+        undisturbed = http.post("/v1/embeddings", json=body).json()
+        assert len(undisturbed["data"]) == len(INPUTS)
+        disturbed = threads.submit(http.post, "/v1/embeddings", json=body)
+        wait_until(lambda: 0 < in_broker(tiny_service, "running") < len(INPUTS), "some are being computed")
+        tiny_service.kill("worker")
+        answer = disturbed.result()
+        assert answer.json() == undisturbed
+        status = http.get(f"/v1/requests/{answer.headers['x-response-id']}").json()
+    assert status["attempts"] >= 2
+    wait_until(
+        lambda: len(tiny_service.children("spare")) == 1 == len(tiny_service.children("worker")), "as before", 60
+    )
+
+
+def in_broker(service: RunningService, state: str) -> float:
+    return service.metric(f"tokenrelay_num_requests_{state}")
