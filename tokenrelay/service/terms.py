@@ -6,12 +6,15 @@ chunks that the process which accepted it would have sent.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from tokenrelay.service.lua import packed
 from tokenrelay.service.messages import VERSION, MessageError, encode
+
+Route = Literal["chat", "completion", "responses", "messages", "ollama_chat", "ollama_generate"]
+_NUMBERING = ("responses", "messages")  # routes whose events count those before them
 
 
 class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -19,10 +22,10 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``n`` choices are answered with, the best of ``num_generated``. ``echo`` is text in front of each choice.
     ``prompt_token_ids`` and ``prompt_tail`` (its last few) are only there if the answer tells something about them: a
-    finished request's prompt is kept no longer than it is needed.
+    finished request's prompt is kept no longer than it is needed. ``extra`` is the route's own, in words of msgpack.
     """
 
-    route: Literal["chat", "completion"]
+    route: Route
     model: str  # as the client called it
     created: int  # Unix time in seconds
     num_prompt_tokens: int
@@ -42,6 +45,9 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_token_ids: list[int] = []
     prompt_tail: list[int] = []
     on_disconnect: Literal["cancel", "continue"] = "cancel"
+    tool_format: str = ""  # how calls of tools stand in the text …
+    reasoning_format: str = ""  # … and reasoning; "": nothing in it is meant so
+    extra: dict[str, Any] = {}
     version: int = msgspec.field(default_factory=lambda: VERSION)  # a factory, or it would be left out when encoded
 
     @property
@@ -49,7 +55,13 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Whether chunks depend on those before them, so that reading on means rendering from the beginning."""
         tells_of_prompt = self.num_prompt_logprobs is not None or self.echo is not None or self.return_token_ids
         has_offsets = self.route == "completion" and self.num_logprobs is not None
-        return self.num_prompts > 1 or tells_of_prompt or has_offsets
+        needs_text = self.parses_text or self.route in _NUMBERING
+        return self.num_prompts > 1 or tells_of_prompt or has_offsets or needs_text
+
+    @property
+    def parses_text(self) -> bool:
+        """Whether the text is more than an answer."""
+        return bool(self.tool_format or self.reasoning_format)
 
     @property
     def asks_for_interim(self) -> bool:

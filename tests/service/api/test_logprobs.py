@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 from tests.service.api.serving import PacedWorker, Server, sse_events, words
 from tokenrelay.model.sampling_params import SamplingParams, TokenLogprobs
 from tokenrelay.model.tokenizer import Tokenizer
-from tokenrelay.service.api.answer_specs import answer_specs
+from tokenrelay.service.api.answer_specs import Wording, answer_specs
 from tokenrelay.service.api.choices import Finished, Output, Step
 from tokenrelay.service.api.completion_format import CompletionFormat
 from tokenrelay.service.api.logprobs import LogprobsFormat
@@ -43,13 +43,13 @@ def prompt_of(*token_ids: int) -> Submission:
 
 def chat_format(tokenizer: Tokenizer, **fields: Any) -> LogprobsFormat:
     body = ChatCompletionRequest(model="m", messages=QUESTION, logprobs=True, **fields)
-    [spec] = answer_specs(body, [prompt_of(1)], tokenizer)
+    [spec] = answer_specs(body, Wording("chat"), [prompt_of(1)], tokenizer)
     return LogprobsFormat(spec, tokenizer)
 
 
 def completion_format(tokenizer: Tokenizer, **fields: Any) -> LogprobsFormat:
     body = CompletionRequest(model="m", prompt="p", **fields)
-    [spec] = answer_specs(body, [prompt_of(1)], tokenizer)
+    [spec] = answer_specs(body, Wording("completion"), [prompt_of(1)], tokenizer)
     return LogprobsFormat(spec, tokenizer)
 
 
@@ -85,7 +85,7 @@ def answered(tokenizer: Tokenizer, prompt: str | list[int], outputs: Sequence[Ou
     """The choice that the outputs make, streamed and at once: both must be the same."""
     body = CompletionRequest(model="m", prompt=prompt, logprobs=0, **fields)
     ids = tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
-    specs = answer_specs(body, [prompt_of(*ids)], tokenizer)
+    specs = answer_specs(body, Wording("completion"), [prompt_of(*ids)], tokenizer)
     streaming, whole = (CompletionFormat(specs, tokenizer, "r") for _ in range(2))
     chunks = [chunk.choices[0].model_dump() for output in outputs for chunk in streaming.chunks(Step(1, output))]
     everything = Output(
@@ -149,7 +149,7 @@ def test_special_tokens_have_a_place_but_no_width(tokenizer: Tokenizer) -> None:
     [eos, *_] = tokenizer.eos_token_ids
     [once] = tokenizer.encode("Once", add_special_tokens=False)
     body = CompletionRequest(model="m", prompt="Once", logprobs=0, echo=True)
-    specs = answer_specs(body, [prompt_of(eos, once)], tokenizer)
+    specs = answer_specs(body, Wording("completion"), [prompt_of(eos, once)], tokenizer)
     output = Output(
         0, "Once", [once, eos], [TokenLogprobs(i, -1, 1) for i in (once, eos)], [None, TokenLogprobs(once, -1, 1)]
     )

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
 from tokenrelay.service.messages import Submission
-from tokenrelay.service.terms import AnswerSpec
+from tokenrelay.service.terms import AnswerSpec, Route
 
 Body = ChatCompletionRequest | CompletionRequest
 
 
-def answer_specs(body: Body, submissions: Sequence[Submission], tokenizer: Tokenizer) -> list[AnswerSpec]:
+class Wording(NamedTuple):
+    """In which protocol to answer, and what its format has to know beyond the common fields."""
+
+    route: Route
+    extra: Mapping[str, Any] = {}
+
+
+def answer_specs(
+    body: Body, wording: Wording, submissions: Sequence[Submission], tokenizer: Tokenizer
+) -> list[AnswerSpec]:
     """One per prompt, all created now."""
     created = int(time.time())
-    return [_answer_spec(body, submissions, prompt, tokenizer, created) for prompt in range(len(submissions))]
+    return [_answer_spec(body, wording, submissions, prompt, tokenizer, created) for prompt in range(len(submissions))]
 
 
 def _answer_spec(
-    body: Body, submissions: Sequence[Submission], prompt: int, tokenizer: Tokenizer, created: int
+    body: Body, wording: Wording, submissions: Sequence[Submission], prompt: int, tokenizer: Tokenizer, created: int
 ) -> AnswerSpec:
     submission, is_chat = submissions[prompt], isinstance(body, ChatCompletionRequest)
     tells_prompt = body.return_token_ids or (body.echoes and body.num_logprobs is not None)
     return AnswerSpec(
-        route="chat" if is_chat else "completion",
+        route=wording.route,
         model=body.model,
         created=created,
         num_prompt_tokens=len(submission.prompt_token_ids),
@@ -46,6 +56,7 @@ def _answer_spec(
         prompt_token_ids=submission.prompt_token_ids if tells_prompt else [],
         prompt_tail=[] if is_chat or body.num_logprobs is None else submission.prompt_tail,
         on_disconnect=body.on_disconnect or "cancel",
+        extra=dict(wording.extra),
     )
 
 

@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
 from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.service.api.answer_specs import Body, Wording
 from tokenrelay.service.api.chat_format import ChatFormat
 from tokenrelay.service.api.choices import LARGE_LOGPROBS, Choices, Finished
 from tokenrelay.service.api.client_terms import terms_of
 from tokenrelay.service.api.completion_format import CompletionFormat
 from tokenrelay.service.api.event_loop import client_gone, off_loop_if_large, race
+from tokenrelay.service.api.event_stream import EventStream, StreamFormat
 from tokenrelay.service.api.interim import InterimFormat, interim_frames
 from tokenrelay.service.api.process import ApiProcess
-from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
-from tokenrelay.service.api.schemas.completions import CompletionRequest
-from tokenrelay.service.api.sse import DONE, ChunkFormat, EventStream
 from tokenrelay.service.messages import Submission
-from tokenrelay.service.terms import AnswerSpec
-
-_PREFIXES = {"chat": "chatcmpl-", "completion": "cmpl-"}
+from tokenrelay.service.terms import AnswerSpec, Route
 
 
-class AnswerFormat(ChunkFormat, InterimFormat, Protocol):
+class AnswerFormat(StreamFormat, InterimFormat, Protocol):
     def answer(self, finished: Finished) -> BaseModel: ...
 
 
-async def answer(
-    request: Request, body: ChatCompletionRequest | CompletionRequest, submissions: Sequence[Submission]
-) -> Response:
+class _Wire(NamedTuple):
+    """How a route's answers are called, and who writes them."""
+
+    id_prefix: str
+    format: Callable[[Sequence[AnswerSpec], Tokenizer, str], AnswerFormat]
+
+
+_WIRES: Mapping[Route, _Wire] = {
+    "chat": _Wire("chatcmpl-", ChatFormat),
+    "completion": _Wire("cmpl-", CompletionFormat),
+}
+
+
+async def answer(request: Request, body: Body, submissions: Sequence[Submission], wording: Wording) -> Response:
     """Queue, then answer: a refusal is a proper HTTP status, since no response has begun."""
     api: ApiProcess = request.app.state.api
-    terms = terms_of(request, body, submissions, api.model.tokenizer, api.settings.request_timeout_seconds)
+    terms = terms_of(request, body, wording, submissions, api.model.tokenizer, api.settings.request_timeout_seconds)
     choices = await Choices.start(api.generations, submissions, terms)
     response = stream(api, choices) if body.stream else await _whole(request, api, choices)
     if choices.joined:
@@ -43,11 +51,12 @@ async def answer(
     return response
 
 
-def stream(api: ApiProcess, choices: Choices, done: bytes = DONE) -> EventStream:
+def stream(api: ApiProcess, choices: Choices, *, resumed: bool = False) -> EventStream:
     """The chunks behind the choices' cursor, as they come."""
     answer_format, headers = _format(choices, api.model.tokenizer), _headers(api, choices)
     interim = interim_frames(choices, answer_format, api.watch) if choices.answers[0].asks_for_interim else None
-    return EventStream(choices, answer_format, api.generations, api.settings.keep_alive_seconds, headers, done, interim)
+    keep_alive = api.settings.keep_alive_seconds
+    return EventStream(choices, answer_format, api.generations, keep_alive, headers, resumed=resumed, interim=interim)
 
 
 async def _whole(request: Request, api: ApiProcess, choices: Choices) -> Response:
@@ -63,14 +72,13 @@ async def _whole(request: Request, api: ApiProcess, choices: Choices) -> Respons
 
 
 def answer_id(spec: AnswerSpec, relay_id: str) -> str:
-    """The ``id`` of the response object: ``chatcmpl-…`` or ``cmpl-…``."""
-    return _PREFIXES[spec.route] + relay_id
+    """The ``id`` of the response object: ``chatcmpl-…`` and the like."""
+    return _WIRES[spec.route].id_prefix + relay_id
 
 
 def _format(choices: Choices, tokenizer: Tokenizer) -> AnswerFormat:
-    first, *_ = specs = choices.answers
-    name = answer_id(first, choices.relay_id)
-    return ChatFormat(first, tokenizer, name) if first.route == "chat" else CompletionFormat(specs, tokenizer, name)
+    specs = choices.answers
+    return _WIRES[specs[0].route].format(specs, tokenizer, answer_id(specs[0], choices.relay_id))
 
 
 def _headers(api: ApiProcess, choices: Choices) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from tokenrelay.service.api.answer_specs import Wording
 from tokenrelay.service.api.answering import answer
 from tokenrelay.service.api.body import json_body
 from tokenrelay.service.api.dependencies import AdmissionDep, RelayId
@@ -26,4 +27,4 @@ async def create_chat_completion(
 ) -> Response:
     """Continue a conversation. With ``stream=true``, the answer comes as server-sent events while it is generated."""
     await require_room(request)
-    return await answer(request, body, await admission.chat(body, relay_id))
+    return await answer(request, body, await admission.chat(body, relay_id), Wording("chat"))

@@ -2,50 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.service.api.assistant.deltas import Delta, TextDelta
+from tokenrelay.service.api.assistant.messages import answer_message, chunk_delta
+from tokenrelay.service.api.assistant.parser import AssistantParser
 from tokenrelay.service.api.choices import Finished, Output, Step
 from tokenrelay.service.api.logprobs import LogprobsFormat
 from tokenrelay.service.api.schemas.chat import (
-    AnswerMessage,
     ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
     ChunkChoice,
-    Delta,
+    MessageDelta,
 )
+from tokenrelay.service.api.sse import ServerSentEvents
 from tokenrelay.service.terms import AnswerSpec
 
 
-class ChatFormat:
-    """Of one chat completion. ``answer_id`` is ``chatcmpl-…``."""
+class ChatFormat(ServerSentEvents):
+    """Of one chat completion, which has one prompt. ``answer_id`` is ``chatcmpl-…``."""
 
-    def __init__(self, spec: AnswerSpec, tokenizer: Tokenizer, answer_id: str) -> None:
+    def __init__(self, specs: Sequence[AnswerSpec], tokenizer: Tokenizer, answer_id: str) -> None:
         self._id = answer_id
-        self._spec = spec
+        self._spec = spec = specs[0]
         self._logprobs = LogprobsFormat(spec, tokenizer)
+        relay_id = answer_id.rpartition("-")[2]
+        self._parsers = [AssistantParser(spec, relay_id, choice) for choice in range(spec.num_generated)]
 
     def opening(self, first: Step) -> list[ChatCompletionChunk]:
-        roles = [self._delta(i, Delta(role="assistant", content="")) for i in range(self._spec.n)]
+        roles = [self._delta(i, MessageDelta(role="assistant", content="")) for i in range(self._spec.n)]
         return [self._chunk(roles[0], **self._about_prompt(first.output)), *map(self._chunk, roles[1:])]
 
     def chunks(self, step: Step) -> list[ChatCompletionChunk]:
-        output, chunks = step.output, []
-        told = self._told(output)
-        if output.text or told:
-            chunks.append(self._chunk(self._delta(output.choice, Delta(content=output.text), **told)))
+        output = step.output
+        told, deltas = self._told(output), self._deltas(output)
+        chunks = [
+            self._chunk(self._delta(output.choice, chunk_delta(delta), **(told if i == 0 else {})))
+            for i, delta in enumerate(deltas or [TextDelta("")] * bool(told))
+        ]
         if output.finish_reason:
-            chunks.append(self._chunk(self._delta(output.choice, Delta(), finish_reason=output.finish_reason)))
+            chunks.append(self._chunk(self._delta(output.choice, MessageDelta(), finish_reason=self._reason(output))))
         if step.usage and self._spec.include_usage:
             chunks.append(self._chunk(usage=step.usage))
         return chunks
 
     def pass_over(self, step: Step) -> None:
-        """Chunks do not depend on those before them."""
+        """What the text means depends on all of it."""
+        self._deltas(step.output)
 
-    def interim(self, **fields: Any) -> ChatCompletionChunk:
-        return self._chunk(self._delta(0, Delta()), **fields)
+    def interim(self, name: str | None, **fields: Any) -> bytes:
+        return self.unplaced(self._chunk(self._delta(0, MessageDelta()), **fields), name)
 
     def answer(self, finished: Finished) -> ChatCompletion:
         return ChatCompletion(
@@ -59,9 +68,18 @@ class ChatFormat:
         )
 
     def _choice(self, output: Output) -> ChatChoice:
-        message = AnswerMessage(role="assistant", content=output.text, refusal=None)
-        fields = {**self._silent(), **self._told(output), "finish_reason": output.finish_reason}
+        message = answer_message(self._deltas(output))
+        fields = {**self._silent(), **self._told(output), "finish_reason": self._reason(output)}
         return ChatChoice(index=output.choice, message=message, **fields)
+
+    def _deltas(self, output: Output) -> list[Delta]:
+        parser = self._parsers[output.choice]
+        deltas = parser.feed(output.text)
+        return deltas + parser.finish() if output.finish_reason else deltas
+
+    def _reason(self, output: Output) -> str | None:
+        calls = output.finish_reason == "stop" and self._parsers[output.choice].has_tool_calls
+        return "tool_calls" if calls else output.finish_reason
 
     def _about_prompt(self, output: Output) -> dict[str, Any]:
         return self._logprobs.about_prompt(self._spec.prompt_token_ids, output.prompt_logprobs)
@@ -78,7 +96,7 @@ class ChatFormat:
     def _silent(self) -> dict[str, Any]:
         return {"logprobs": None} | ({"token_ids": []} if self._spec.return_token_ids else {})
 
-    def _delta(self, choice: int, delta: Delta, **fields: Any) -> ChunkChoice:
+    def _delta(self, choice: int, delta: MessageDelta, **fields: Any) -> ChunkChoice:
         return ChunkChoice(index=choice, delta=delta, **{**self._silent(), "finish_reason": None, **fields})
 
     def _chunk(self, *choices: ChunkChoice, **fields: Any) -> ChatCompletionChunk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -10,9 +11,7 @@ from collections.abc import Sequence
 from fastapi import Request
 
 from tokenrelay.model.tokenizer import Tokenizer
-from tokenrelay.service.api.answer_specs import answer_specs
-from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
-from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.answer_specs import Body, Wording, answer_specs
 from tokenrelay.service.api.schemas.request import MAX_TIMEOUT_SECONDS, GenerationRequest
 from tokenrelay.service.errors import InvalidRequestError
 from tokenrelay.service.messages import Submission
@@ -25,16 +24,17 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 def terms_of(
     request: Request,
-    body: ChatCompletionRequest | CompletionRequest,
+    body: Body,
+    wording: Wording,
     submissions: Sequence[Submission],
     tokenizer: Tokenizer,
     default_timeout: float,
 ) -> list[Terms]:
     """One per submission; an idempotency key, which stands for all of them, with the first. Raises
     InvalidRequestError."""
-    first, *others = answer_specs(body, submissions, tokenizer)
+    first, *others = answer_specs(body, wording, submissions, tokenizer)
     timeout, key = _timeout(request, body) or default_timeout, _idempotency_key(request)
-    fingerprint = _fingerprint(request, body) if key else ""
+    fingerprint = _fingerprint(request, body, wording) if key else ""
     return [Terms(first, timeout, key, fingerprint), *(Terms(spec, timeout) for spec in others)]
 
 
@@ -62,7 +62,8 @@ def _idempotency_key(request: Request) -> str:
     return key or ""
 
 
-def _fingerprint(request: Request, body: GenerationRequest) -> str:
+def _fingerprint(request: Request, body: GenerationRequest, wording: Wording) -> str:
     """Of everything that decides the answer. A null is as good as a field left out."""
-    content = f"{request.scope['path']}\n{body.model_dump_json(exclude_none=True)}"
+    extra = json.dumps(wording.extra, sort_keys=True)
+    content = f"{request.scope['path']}\n{extra}\n{body.model_dump_json(exclude_none=True)}"
     return hashlib.sha256(content.encode()).hexdigest()

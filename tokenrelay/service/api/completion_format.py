@@ -11,10 +11,11 @@ from tokenrelay.service.api.choices import Finished, Output, Step
 from tokenrelay.service.api.logprobs import LogprobsFormat, TextOffsets, prompt_offsets
 from tokenrelay.service.api.schemas.completions import Completion, CompletionChoice
 from tokenrelay.service.api.schemas.logprobs import CompletionLogprobs
+from tokenrelay.service.api.sse import ServerSentEvents
 from tokenrelay.service.terms import AnswerSpec
 
 
-class CompletionFormat:
+class CompletionFormat(ServerSentEvents):
     """Of one completion, with a spec per prompt. ``answer_id`` is ``cmpl-…``."""
 
     def __init__(self, specs: Sequence[AnswerSpec], tokenizer: Tokenizer, answer_id: str) -> None:
@@ -41,8 +42,8 @@ class CompletionFormat:
         """A choice's later chunks depend on where the text before them ended."""
         self._told(step.output)
 
-    def interim(self, **fields: Any) -> Completion:
-        return self._chunk(self._choice(0), **fields)
+    def interim(self, name: str | None, **fields: Any) -> bytes:
+        return self.unplaced(self._chunk(self._choice(0), **fields), name)
 
     def answer(self, finished: Finished) -> Completion:
         choices = [

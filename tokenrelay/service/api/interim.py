@@ -11,9 +11,6 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from fastapi.sse import format_sse_event
-from pydantic import BaseModel
-
 from tokenrelay.service.api.choices import Choices
 from tokenrelay.service.api.queue_watch import QueueWatch
 from tokenrelay.service.api.schemas.interim import PromptProgress
@@ -23,19 +20,22 @@ Look = Mapping[str, Whereabouts]
 
 
 class InterimFormat(Protocol):
-    def interim(self, **fields: Any) -> BaseModel:
-        """A chunk without text that has these fields."""
+    def interim(self, name: str | None, **fields: Any) -> bytes:
+        """A chunk without text that has these fields, on the wire, where the protocol has a place for it.
+
+        ``name`` is that of the event, if it has one.
+        """
 
 
 async def interim_frames(
-    choices: Choices, chunk_format: InterimFormat, watch: QueueWatch
+    choices: Choices, interim_format: InterimFormat, watch: QueueWatch
 ) -> AsyncGenerator[bytes, None]:
-    """At every look a server-sent event, or nothing if there is no news. Does not end by itself."""
+    """At every look a frame, or nothing if there is no news. Does not end by itself."""
     last = None
     async with aclosing(watch.follow(choices.request_ids)) as looks:
         async for look in looks:
             news = _place(choices, look) or _progress(choices, look)
-            yield _event(chunk_format.interim(**_fields(choices, news)), news) if news and news != last else b""
+            yield _frame(interim_format, choices, news) if news and news != last else b""
             last = news
 
 
@@ -60,9 +60,8 @@ def _progress(choices: Choices, look: Look) -> AtWork | None:
     )
 
 
-def _event(chunk: BaseModel, news: Whereabouts) -> bytes:
-    name = "queue" if isinstance(news, Place) else None
-    return format_sse_event(event=name, data_str=chunk.model_dump_json(exclude_unset=True))
+def _frame(interim_format: InterimFormat, choices: Choices, news: Whereabouts) -> bytes:
+    return interim_format.interim("queue" if isinstance(news, Place) else None, **_fields(choices, news))
 
 
 def _fields(choices: Choices, news: Whereabouts) -> dict[str, Any]:

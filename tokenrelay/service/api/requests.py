@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query
-from fastapi.sse import format_sse_event
 from starlette.responses import Response
 
 from tokenrelay.service.api.answering import answer_id, stream
@@ -22,14 +21,13 @@ from tokenrelay.service.api.openapi import ERRORS
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.request_status import status_of
 from tokenrelay.service.api.schemas.requests import Cancellation, RequestStatus
+from tokenrelay.service.api.sse import END
 from tokenrelay.service.errors import InvalidRequestError, NotFoundError
 from tokenrelay.service.queue import CancelOutcome
 
 router = APIRouter(prefix="/v1/requests", tags=["requests"], responses=ERRORS)
 
-END = "done"  # the id of [DONE]: whoever comes back with it has everything
-DONE = format_sse_event(data_str="[DONE]", id=END)
-_RELAY_ID = re.compile(r"(?:[a-z]+-)?([0-9a-f]{32})")
+_RELAY_ID = re.compile(r"(?:[a-z]+[-_])?([0-9a-f]{32})")
 
 
 @router.get("/{id}", response_model_exclude_unset=True)
@@ -56,7 +54,7 @@ async def resume_stream(
     if after == END:
         return Response(status_code=204)  # which tells an EventSource not to connect again
     cursor = Cursor.parse(after, len(request_ids), param)
-    return stream(api, await Choices.resume(api.generations, request_ids, cursor), done=DONE)
+    return stream(api, await Choices.resume(api.generations, request_ids, cursor), resumed=True)
 
 
 @router.post("/{id}/cancel")
