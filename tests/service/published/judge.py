@@ -44,7 +44,7 @@ class Answer:
         if self.media_type == "text/event-stream":
             for value in events_of(bytes(self.body)):
                 yield from self._complaints_of(value, [*self._events, ERROR])
-        elif self.is_whole and self.status >= 400 and self.status != 499:  # that one reaches nobody
+        elif self.is_whole and self.status >= 400 and self.body:  # without one it reaches nobody
             yield from self._complaints_of(json.loads(self.body), [ERROR])
         elif self.is_whole and self.media_type == "application/json":
             listed = self._schemas.get(self.media_type)
