@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from tokenrelay import __version__
 from tokenrelay.service.api import chat, completions, health, models, requests
 from tokenrelay.service.api.error_handlers import add_error_handlers
-from tokenrelay.service.api.openapi import add_openapi
+from tokenrelay.service.api.openapi_document import add_openapi
 from tokenrelay.service.api.process import running
 from tokenrelay.service.api.request_id import RequestIdMiddleware
 from tokenrelay.service.api.served_model import ServedModel
