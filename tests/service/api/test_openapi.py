@@ -64,7 +64,9 @@ def test_what_reads_a_body_says_how_that_fails(document: Json) -> None:
 
 def test_streams_have_the_schema_of_their_chunks(document: Json) -> None:
     content = document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
-    chunk, error = content["text/event-stream"]["schema"]["anyOf"]
+    data, done = content["text/event-stream"]["schema"]["properties"]["data"]["anyOf"]
+    chunk, error = data["contentSchema"]["anyOf"]
+    assert done == {"const": "[DONE]"}
     assert chunk == {"$ref": "#/components/schemas/ChatCompletionChunk"}
     assert error == {"$ref": "#/components/schemas/ErrorBody"}
 

@@ -19,6 +19,7 @@ from tokenrelay.service.api.schemas.chat import (
     MessageDelta,
 )
 from tokenrelay.service.api.sse import ServerSentEvents
+from tokenrelay.service.api.text_chunks import TextChunks
 from tokenrelay.service.terms import AnswerSpec
 
 
@@ -29,6 +30,9 @@ class ChatFormat(ServerSentEvents):
         self._id = answer_id
         self._spec = spec = specs[0]
         self._logprobs = LogprobsFormat(spec, tokenizer)
+        self._text_chunks = TextChunks(
+            lambda choice, text: self._chunk(self._delta(choice, MessageDelta(content=text)))
+        )
         relay_id = answer_id.rpartition("-")[2]
         self._parsers = [AssistantParser(spec, relay_id, choice) for choice in range(spec.num_generated)]
 
@@ -36,11 +40,13 @@ class ChatFormat(ServerSentEvents):
         roles = [self._delta(i, MessageDelta(role="assistant", content="")) for i in range(self._spec.n)]
         return [self._chunk(roles[0], **self._about_prompt(first.output)), *map(self._chunk, roles[1:])]
 
-    def chunks(self, step: Step) -> list[ChatCompletionChunk]:
+    def chunks(self, step: Step) -> list[ChatCompletionChunk | bytes]:
         output = step.output
         told, deltas = self._told(output), self._deltas(output)
         chunks = [
-            self._chunk(self._delta(output.choice, chunk_delta(delta), **(told if i == 0 else {})))
+            self._text_chunks.json(output.choice, delta.text)
+            if isinstance(delta, TextDelta) and not (told and i == 0)
+            else self._chunk(self._delta(output.choice, chunk_delta(delta), **(told if i == 0 else {})))
             for i, delta in enumerate(deltas or [TextDelta("")] * bool(told))
         ]
         if output.finish_reason:

@@ -120,6 +120,11 @@ class Choices:
     def joined(self) -> bool:
         return self._running[0].account is None
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next step is here."""
+        return len(self._running) == 1 and self._running[0].ready
+
     async def close(self, *, may_return: bool = False) -> None:
         for generation in self._running:
             await self._generations.close(generation, may_return=may_return)

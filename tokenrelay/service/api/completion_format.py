@@ -12,6 +12,7 @@ from tokenrelay.service.api.logprobs import LogprobsFormat, TextOffsets, prompt_
 from tokenrelay.service.api.schemas.completions import Completion, CompletionChoice
 from tokenrelay.service.api.schemas.logprobs import CompletionLogprobs
 from tokenrelay.service.api.sse import ServerSentEvents
+from tokenrelay.service.api.text_chunks import TextChunks
 from tokenrelay.service.terms import AnswerSpec
 
 
@@ -24,13 +25,18 @@ class CompletionFormat(ServerSentEvents):
         self._spec = specs[0]  # for what all prompts have in common
         self._tokenizer = tokenizer
         self._begun: dict[int, _Choice] = {}
+        self._text_chunks = TextChunks(lambda choice, text: self._chunk(self._choice(choice, text=text)))
 
     def opening(self, first: Step) -> list[Completion]:
         return []
 
-    def chunks(self, step: Step) -> list[Completion]:
-        output, chunks = step.output, []
-        if told := self._told(output):
+    def chunks(self, step: Step) -> list[Completion | bytes]:
+        output = step.output
+        chunks: list[Completion | bytes] = []
+        told = self._told(output)
+        if told.keys() == {"text"}:
+            chunks.append(self._text_chunks.json(output.choice, told["text"]))
+        elif told:
             chunks.append(self._chunk(self._choice(output.choice, **told)))
         if output.finish_reason:
             chunks.append(self._chunk(self._choice(output.choice, finish_reason=output.finish_reason)))

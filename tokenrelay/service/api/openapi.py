@@ -47,10 +47,20 @@ def schema_of(model: type[BaseModel], mode: JsonSchemaMode = "validation") -> di
     return {"$ref": REF.format(model=model.__name__), "$defs": schemas["$defs"]}
 
 
-def events(chunk: type[BaseModel], *others: type[BaseModel]) -> dict[str, Any]:
+_EVENT = {
+    "id": {"type": "string", "description": "To resume behind."},
+    "event": {"type": "string"},
+    "retry": {"type": "integer", "description": "Milliseconds until a browser connects again."},
+}
+
+
+def events(*data: type[BaseModel]) -> dict[str, Any]:
     """The content of a response that is a stream. OpenAPI 3.1 has no word for it: the schema is that of each event."""
-    schemas = [schema_of(model, "serialization") for model in (chunk, *others)]
-    return {"text/event-stream": {"schema": schemas[0] if not others else {"anyOf": schemas}}}
+    schemas = {"anyOf": [schema_of(model, "serialization") for model in data]}
+    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": schemas}
+    either = {"anyOf": [text, {"const": "[DONE]"}]}
+    event = {"type": "object", "properties": {**_EVENT, "data": either}, "required": ["data"]}
+    return {"text/event-stream": {"schema": event}}
 
 
 def _kinds(kind: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:
