@@ -18,10 +18,12 @@ from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-_PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning, so a text that holds one can do with another
+_END = "\uf8fe.end.of.message.\uf8fe"  # where a message that is continued ends
+_PRIVATE_USE = range(0xE000, 0xF8F0)  # characters without a meaning, so a text that holds one can do with another
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
@@ -51,23 +53,37 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text. ``template_kwargs`` are further names of the template, such as ``enable_thinking``.
 
+        With ``continue_final_message`` it ends where the last message's content ends.
+
         Raises:
             ChatTemplateError: no template, one that refuses the messages, or a reserved name in ``template_kwargs``.
         """
+        if continue_final_message:
+            messages, add_generation_prompt = _with_end(messages), False
         given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         extra = dict(template_kwargs or {})
         if reserved := sorted(extra.keys() & (given.keys() | self._special_tokens.keys() | _GLOBALS.keys())):
             raise ChatTemplateError(f"template arguments may not be called {', '.join(reserved)}")
         template = self._compiled
         try:
-            return template.render(self._special_tokens | extra | given)
+            text = template.render(self._special_tokens | extra | given)
         except _TEMPLATE_FAULTS as error:
             raise ChatTemplateError(f"the model's chat template refused the messages: {error}") from error
+        return _up_to_end(text) if continue_final_message else text
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads and does not set: its arguments, as far as they have a name."""
+        try:
+            return frozenset(find_undeclared_variables(_environment().parse(self.source or "")))
+        except TemplateError:
+            return frozenset()
 
     @cached_property
     def _compiled(self) -> Template:
@@ -132,6 +148,18 @@ class Markers:
         cuts |= {first + len(body) - n + 1 for n in lengths if body[-n:] in self._beginnings}
         cuts |= {first for n in lengths if body[:n] in self._ends}
         return sorted(cuts)
+
+
+def _with_end(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    *earlier, last = messages
+    return [*earlier, {**last, "content": f"{last['content']}{_END}"}]
+
+
+def _up_to_end(text: str) -> str:
+    before, end, _ = text.rpartition(_END)
+    if not end:
+        raise ChatTemplateError("the model's chat template does not write the last message, which is to be continued")
+    return before
 
 
 def _strings(value: Any) -> Iterable[str]:

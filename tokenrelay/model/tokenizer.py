@@ -34,6 +34,7 @@ class Tokenizer:
         special = {i: t for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
         self._secrets = _Secrets(self._plain, special)
         self._markers = Markers(token.content for token in special.values())
+        self.special_tokens = {token.content: token_id for token_id, token in special.items()}
         self._template = ChatTemplate(described.chat_template, described.special_tokens)
         self._token_bytes = described.token_bytes
         self.strips_leading_space = described.strips_leading_space
@@ -71,17 +72,27 @@ class Tokenizer:
         token = self._backend.id_to_token(token_id)
         return b"" if token is None else self._token_bytes(token)
 
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """How messages become a prompt."""
+        return self._template
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text as the model's template writes it; raises ChatTemplateError."""
         return self._template.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, template_kwargs=template_kwargs
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            template_kwargs=template_kwargs,
         )
 
     def encode_chat(
@@ -89,6 +100,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
@@ -98,7 +110,11 @@ class Tokenizer:
         if marker is not None:
             messages, tools, template_kwargs = self._markers.mark(given, marker)
         text = self.render_chat(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, template_kwargs=template_kwargs
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            template_kwargs=template_kwargs,
         )
         if marker is None:
             return self.encode(text, add_special_tokens=False)

@@ -26,6 +26,13 @@ class Settings(BaseSettings):
     served_model_name: str = Field("", description="Name clients use; empty: the model's own name.")
     cache_dir: Path = Field(Path("~/.cache/tokenrelay"), description="Where pulled models are kept.")
 
+    tool_call_format: Literal["auto", "hermes", "llama3", "mistral", "gemma", "granite", "phi4"] = Field(
+        "auto", description="How the model writes calls of tools; auto: as its chat template says, or as Hermes does."
+    )
+    reasoning_format: Literal[
+        "auto", "none", "think", "mistral", "reasoning", "thinking", "thought", "seed", "command", "harmony"
+    ] = Field("auto", description="How it marks its reasoning; auto: as its chat template says.")
+
     # where things listen
     redis_url: str = Field(
         "",

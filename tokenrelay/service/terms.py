@@ -47,6 +47,12 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     on_disconnect: Literal["cancel", "continue"] = "cancel"
     tool_format: str = ""  # how calls of tools stand in the text …
     reasoning_format: str = ""  # … and reasoning; "": nothing in it is meant so
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
+    system_fingerprint: str = ""  # of what decides the text beside the request
+    service_tier: str = ""  # as it was granted, if one was asked for
+    include_continuous_usage: bool = False  # with every chunk …
+    include_timings: bool = False  # … and how long it took, at the end
     extra: dict[str, Any] = {}
     version: int = msgspec.field(default_factory=lambda: VERSION)  # a factory, or it would be left out when encoded
 
@@ -55,13 +61,13 @@ class AnswerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Whether chunks depend on those before them, so that reading on means rendering from the beginning."""
         tells_of_prompt = self.num_prompt_logprobs is not None or self.echo is not None or self.return_token_ids
         has_offsets = self.route == "completion" and self.num_logprobs is not None
-        needs_text = self.parses_text or self.route in _NUMBERING
+        needs_text = self.counts_or_parses or self.route in _NUMBERING
         return self.num_prompts > 1 or tells_of_prompt or has_offsets or needs_text
 
     @property
-    def parses_text(self) -> bool:
-        """Whether the text is more than an answer."""
-        return bool(self.tool_format or self.reasoning_format)
+    def counts_or_parses(self) -> bool:
+        """Whether chunks tell sums, or the text is more than an answer."""
+        return bool(self.include_continuous_usage or self.tool_format or self.reasoning_format)
 
     @property
     def asks_for_interim(self) -> bool:

@@ -13,11 +13,12 @@ from tests.service.api.serving import PacedWorker, Server, sse_events, words
 from tokenrelay.model.sampling_params import SamplingParams, TokenLogprobs
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.answer_specs import Wording, answer_specs
+from tokenrelay.service.api.assistant.dialect import Dialect
 from tokenrelay.service.api.choices import Finished, Output, Step
 from tokenrelay.service.api.completion_format import CompletionFormat
 from tokenrelay.service.api.logprobs import LogprobsFormat
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
-from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.schemas.completions import Completion, CompletionRequest
 from tokenrelay.service.api.schemas.usage import CompletionUsage, PromptTokensDetails
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.messages import Submission
@@ -41,15 +42,20 @@ def prompt_of(*token_ids: int) -> Submission:
     return Submission(request_id="r", prompt_token_ids=list(token_ids), params=SamplingParams(max_tokens=9))
 
 
+def served(tokenizer: Tokenizer) -> ServedModel:
+    dialect = Dialect.of(tokenizer)
+    return ServedModel(name="m", tokenizer=tokenizer, max_model_len=64, context=64, dialect=dialect)
+
+
 def chat_format(tokenizer: Tokenizer, **fields: Any) -> LogprobsFormat:
     body = ChatCompletionRequest(model="m", messages=QUESTION, logprobs=True, **fields)
-    [spec] = answer_specs(body, Wording("chat"), [prompt_of(1)], tokenizer)
+    [spec] = answer_specs(body, Wording("chat"), [prompt_of(1)], served(tokenizer))
     return LogprobsFormat(spec, tokenizer)
 
 
 def completion_format(tokenizer: Tokenizer, **fields: Any) -> LogprobsFormat:
     body = CompletionRequest(model="m", prompt="p", **fields)
-    [spec] = answer_specs(body, Wording("completion"), [prompt_of(1)], tokenizer)
+    [spec] = answer_specs(body, Wording("completion"), [prompt_of(1)], served(tokenizer))
     return LogprobsFormat(spec, tokenizer)
 
 
@@ -81,13 +87,18 @@ def test_of_several_alternatives_with_one_name_the_token_itself_counts(tokenizer
     assert told.tokens == [f"token_id:{second}"]
 
 
+def told(streaming: CompletionFormat, output: Output) -> list[Completion]:
+    """The chunks of a step, all of which tell more than text."""
+    return [chunk for chunk in streaming.chunks(Step(1, output)) if isinstance(chunk, Completion)]
+
+
 def answered(tokenizer: Tokenizer, prompt: str | list[int], outputs: Sequence[Output], **fields: Any) -> dict[str, Any]:
     """The choice that the outputs make, streamed and at once: both must be the same."""
     body = CompletionRequest(model="m", prompt=prompt, logprobs=0, **fields)
     ids = tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
-    specs = answer_specs(body, Wording("completion"), [prompt_of(*ids)], tokenizer)
+    specs = answer_specs(body, Wording("completion"), [prompt_of(*ids)], served(tokenizer))
     streaming, whole = (CompletionFormat(specs, tokenizer, "r") for _ in range(2))
-    chunks = [chunk.choices[0].model_dump() for output in outputs for chunk in streaming.chunks(Step(1, output))]
+    chunks = [chunk.choices[0].model_dump() for output in outputs for chunk in told(streaming, output)]
     everything = Output(
         0,
         "".join(output.text for output in outputs),
@@ -149,7 +160,7 @@ def test_special_tokens_have_a_place_but_no_width(tokenizer: Tokenizer) -> None:
     [eos, *_] = tokenizer.eos_token_ids
     [once] = tokenizer.encode("Once", add_special_tokens=False)
     body = CompletionRequest(model="m", prompt="Once", logprobs=0, echo=True)
-    specs = answer_specs(body, Wording("completion"), [prompt_of(eos, once)], tokenizer)
+    specs = answer_specs(body, Wording("completion"), [prompt_of(eos, once)], served(tokenizer))
     output = Output(
         0, "Once", [once, eos], [TokenLogprobs(i, -1, 1) for i in (once, eos)], [None, TokenLogprobs(once, -1, 1)]
     )
@@ -343,7 +354,7 @@ async def test_what_was_not_asked_for_is_not_mentioned(
 ) -> None:
     for path, body in (chat(server), completion(server)):
         answer = (await http.post(path, json=body)).json()
-        assert answer.keys() == {"id", "object", "created", "model", "choices", "usage"}
+        assert answer.keys() == {"id", "object", "created", "model", "choices", "usage", "system_fingerprint"}
         assert answer["choices"][0].keys() - {"text", "message"} == {"index", "logprobs", "finish_reason"}
 
 

@@ -109,7 +109,7 @@ def test_a_stop_string_ends_the_choice_with_the_token_that_completed_it(tokenize
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     events = run(begun(tokenizer, SamplingParams(max_tokens=99, stop=("Stop here",))), steps_of(ids, []))
     assert text_of(events) == TEXT[: TEXT.index("Stop here")]
-    assert events[-1].finish_reason == "stop"
+    assert (events[-1].finish_reason, events[-1].stop_string) == ("stop", "Stop here")
     assert events[-1].terminal
 
 

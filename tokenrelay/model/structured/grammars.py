@@ -63,6 +63,7 @@ MAKERS: Mapping[str, Callable[[Any], str]] = {
     "regex": regex,
     "choice": choice,
     "ebnf": ebnf,
+    "ready": str,  # what this package has made already
 }
 
 

@@ -9,11 +9,14 @@ from typing import Any
 from tokenrelay.model.chat_template import ChatTemplateError
 from tokenrelay.model.sampling_params import SamplingParams, SamplingParamsError
 from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.service.api.assistant.forced_calls import structure_of
+from tokenrelay.service.api.assistant.prompt import template_arguments
 from tokenrelay.service.api.event_loop import off_loop_if_large
 from tokenrelay.service.api.sampling import require_known, require_plain_beams, sampling, text_size
-from tokenrelay.service.api.schemas.chat import ChatCompletionRequest, ChatMessage
+from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import CompletionRequest
 from tokenrelay.service.api.schemas.request import GenerationRequest
+from tokenrelay.service.api.schemas.structured import Structure
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.structured import Grammars
 from tokenrelay.service.errors import ContextLengthExceeded, InvalidRequestError
@@ -36,46 +39,63 @@ class Admission:
 
     async def chat(self, body: ChatCompletionRequest, request_id: str) -> list[Submission]:
         self._require_servable(body)
-        size = sum(len(message.text) for message in body.messages) + 64 * len(body.messages)
-        prompt = await off_loop_if_large(size, LARGE_TEXT, lambda: _encode_chat(self._model.tokenizer, body.messages))
-        return await self._submissions(body, request_id, [prompt], "messages", self._model.context)
+        size = sum(message.size for message in body.messages) + sum(tool.size for tool in body.tools or ())
+        prompt, structure = await off_loop_if_large(size, LARGE_TEXT, lambda: self._prompt_and_structure(body))
+        return await self._submissions(body, request_id, [prompt], "messages", self._model.context, structure)
 
     async def completion(self, body: CompletionRequest, request_id: str) -> list[Submission]:
         self._require_servable(body)
         _require_at_most(len(body.prompts), self._max_n, "prompt", "prompts in one request")
         prompts = await off_loop_if_large(sum(map(len, body.prompts)), LARGE_TEXT, self._encoder(body))
-        return await self._submissions(body, request_id, prompts, "prompt", COMPLETIONS_MAX_TOKENS)
+        return await self._submissions(body, request_id, prompts, "prompt", COMPLETIONS_MAX_TOKENS, body.structure)
 
     def _require_servable(self, body: GenerationRequest) -> None:
         self._model.require(body.model)
         _require_at_most(body.n or 1, self._max_n, "n", "choices per prompt")
         _require_at_most(body.num_generated, self._max_n, "best_of", "choices per prompt")
 
+    def _prompt_and_structure(self, body: ChatCompletionRequest) -> tuple[list[int], Structure | None]:
+        """Of a chat: its tokens, and what the answer must be."""
+        return encode_chat(self._model, body), structure_of(body, self._model.dialect)
+
     def _encoder(self, body: CompletionRequest) -> Callable[[], list[list[int]]]:
         add_special_tokens = body.add_special_tokens is not False
         return lambda: [_encode_prompt(self._model.tokenizer, prompt, add_special_tokens) for prompt in body.prompts]
 
     async def _submissions(
-        self, body: GenerationRequest, request_id: str, prompts: Sequence[list[int]], param: str, default: int
+        self,
+        body: GenerationRequest,
+        request_id: str,
+        prompts: Sequence[list[int]],
+        param: str,
+        default: int,
+        structure: Structure | None,
     ) -> list[Submission]:
         """One per prompt. ``param`` is where the prompts come from, ``default`` their ``max_tokens``."""
         prompts = [prompt[-(body.truncate_prompt_tokens or 0) :] for prompt in prompts]
         _require_tellable(body, sum(map(len, prompts)))
         tokenizer = self._model.tokenizer
         shape = await off_loop_if_large(text_size(body), LARGE_TEXT, lambda: sampling(body, tokenizer))
-        shape["grammar"] = await self._grammars.grammar_of(body)
+        shape["grammar"] = await self._grammars.grammar_of(structure)
         return [
             Submission(
                 request_id=prompt_id,
                 prompt_token_ids=prompt,
                 params=self._params(body, self._max_tokens(body, len(prompt), param, default), shape),
-                cache_salt=body.cache_salt or "",
-                priority=body.priority or 0,
-                skip_special_tokens=body.skip_special_tokens is not False,
+                cache_salt=f"{body.cache_salt or ''}{prompt_id * (body.cache_prompt is False)}",
+                priority=body.rank,
+                skip_special_tokens=self._skips_special_tokens(body),
                 prompt_only=body.token_limit == 0,
             )
             for prompt_id, prompt in zip(part_ids(request_id, len(prompts)), prompts, strict=True)
         ]
+
+    def _skips_special_tokens(self, body: GenerationRequest) -> bool:
+        """Not where they say what the text means."""
+        if isinstance(body, ChatCompletionRequest):
+            spoken = self._model.dialect.speaks_in_special_tokens(calls=body.parses_calls, reasoning=not body.is_shaped)
+            return not spoken and body.skip_special_tokens is not False
+        return body.skip_special_tokens is not False
 
     def _params(self, body: GenerationRequest, max_tokens: int, shape: dict[str, Any]) -> SamplingParams:
         seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -109,18 +129,12 @@ class Admission:
         return limit - num_prompt
 
 
-def _encode_chat(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> list[int]:
+def encode_chat(model: ServedModel, body: ChatCompletionRequest) -> list[int]:
+    """The prompt's tokens. Raises InvalidRequestError for messages that do not fit the model's template."""
     try:
-        return tokenizer.encode_chat([_as_template_sees_it(message) for message in messages])
+        return model.tokenizer.encode_chat(**template_arguments(body, model.dialect))
     except ChatTemplateError as error:
         raise InvalidRequestError(f"{str(error)[:300]}.", param="messages") from error
-
-
-def _as_template_sees_it(message: ChatMessage) -> dict[str, str]:
-    """``developer`` is OpenAI's newer name of ``system``, which is the one that open models were trained with."""
-    role = "system" if message.role == "developer" else message.role
-    optional = {"name": message.name, "tool_call_id": message.tool_call_id}
-    return {"role": role, "content": message.text} | {name: value for name, value in optional.items() if value}
 
 
 def _encode_prompt(tokenizer: Tokenizer, prompt: str | list[int], add_special_tokens: bool) -> list[int]:

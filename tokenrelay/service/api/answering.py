@@ -43,7 +43,7 @@ _WIRES: Mapping[Route, _Wire] = {
 async def answer(request: Request, body: Body, submissions: Sequence[Submission], wording: Wording) -> Response:
     """Queue, then answer: a refusal is a proper HTTP status, since no response has begun."""
     api: ApiProcess = request.app.state.api
-    terms = terms_of(request, body, wording, submissions, api.model.tokenizer, api.settings.request_timeout_seconds)
+    terms = terms_of(request, body, wording, submissions, api.model, api.settings.request_timeout_seconds)
     choices = await Choices.start(api.generations, submissions, terms)
     response = stream(api, choices) if body.stream else await _whole(request, api, choices)
     if choices.joined:

@@ -10,6 +10,7 @@ from tokenrelay.service.api.assistant.deltas import Delta, TextDelta
 from tokenrelay.service.api.assistant.messages import answer_message, chunk_delta
 from tokenrelay.service.api.assistant.parser import AssistantParser
 from tokenrelay.service.api.choices import Finished, Output, Step
+from tokenrelay.service.api.common_fields import CommonFields
 from tokenrelay.service.api.logprobs import LogprobsFormat
 from tokenrelay.service.api.schemas.chat import (
     ChatChoice,
@@ -27,12 +28,10 @@ class ChatFormat(ServerSentEvents):
     """Of one chat completion, which has one prompt. ``answer_id`` is ``chatcmpl-…``."""
 
     def __init__(self, specs: Sequence[AnswerSpec], tokenizer: Tokenizer, answer_id: str) -> None:
-        self._id = answer_id
         self._spec = spec = specs[0]
+        self._fields = CommonFields(answer_id, "chat.completion.chunk", specs)
         self._logprobs = LogprobsFormat(spec, tokenizer)
-        self._text_chunks = TextChunks(
-            lambda choice, text: self._chunk(self._delta(choice, MessageDelta(content=text)))
-        )
+        self._text_chunks = TextChunks(lambda i, text: self._chunk(self._delta(i, MessageDelta(content=text))))
         relay_id = answer_id.rpartition("-")[2]
         self._parsers = [AssistantParser(spec, relay_id, choice) for choice in range(spec.num_generated)]
 
@@ -41,22 +40,30 @@ class ChatFormat(ServerSentEvents):
         return [self._chunk(roles[0], **self._about_prompt(first.output)), *map(self._chunk, roles[1:])]
 
     def chunks(self, step: Step) -> list[ChatCompletionChunk | bytes]:
-        output = step.output
-        told, deltas = self._told(output), self._deltas(output)
-        chunks = [
-            self._text_chunks.json(output.choice, delta.text)
-            if isinstance(delta, TextDelta) and not (told and i == 0)
-            else self._chunk(self._delta(output.choice, chunk_delta(delta), **(told if i == 0 else {})))
-            for i, delta in enumerate(deltas or [TextDelta("")] * bool(told))
-        ]
+        output, at_end = step.output, self._fields.at_the_end(step)
+        self._fields.note(output)
+        chunks = self._of_text(output)
         if output.finish_reason:
-            chunks.append(self._chunk(self._delta(output.choice, MessageDelta(), finish_reason=self._reason(output))))
+            end = self._delta(output.choice, MessageDelta(), finish_reason=self._reason(output))
+            chunks.append(self._chunk(end, **({} if self._spec.include_usage else at_end)))
         if step.usage and self._spec.include_usage:
-            chunks.append(self._chunk(usage=step.usage))
+            chunks.append(self._chunk(usage=step.usage, **at_end))
         return chunks
+
+    def _of_text(self, output: Output) -> list[ChatCompletionChunk | bytes]:
+        """What is told beside the text comes with the first piece of it."""
+        told, deltas = self._told(output), self._deltas(output)
+        pieces = deltas or [TextDelta("")] * bool(told)
+        return [self._of_delta(output.choice, delta, told if i == 0 else {}) for i, delta in enumerate(pieces)]
+
+    def _of_delta(self, choice: int, delta: Delta, told: dict[str, Any]) -> ChatCompletionChunk | bytes:
+        if isinstance(delta, TextDelta) and not told and not self._spec.include_continuous_usage:
+            return self._text_chunks.json(choice, delta.text)
+        return self._chunk(self._delta(choice, chunk_delta(delta), **told))
 
     def pass_over(self, step: Step) -> None:
         """What the text means depends on all of it."""
+        self._fields.note(step.output)
         self._deltas(step.output)
 
     def interim(self, name: str | None, **fields: Any) -> bytes:
@@ -64,12 +71,10 @@ class ChatFormat(ServerSentEvents):
 
     def answer(self, finished: Finished) -> ChatCompletion:
         return ChatCompletion(
-            id=self._id,
-            object="chat.completion",
-            created=self._spec.created,
-            model=self._spec.model,
             choices=[self._choice(output) for output in finished.outputs],
             usage=finished.usage,
+            **(self._fields.always | {"object": "chat.completion"}),
+            **self._fields.at_the_end(finished),
             **self._about_prompt(finished.outputs[0]),
         )
 
@@ -107,12 +112,4 @@ class ChatFormat(ServerSentEvents):
 
     def _chunk(self, *choices: ChunkChoice, **fields: Any) -> ChatCompletionChunk:
         """Every field is set here: only set fields are sent."""
-        usage = {"usage": None} if self._spec.include_usage else {}
-        return ChatCompletionChunk(
-            id=self._id,
-            object="chat.completion.chunk",
-            created=self._spec.created,
-            model=self._spec.model,
-            choices=list(choices),
-            **(usage | fields),
-        )
+        return ChatCompletionChunk(choices=list(choices), **(self._fields.of_a_chunk | fields))

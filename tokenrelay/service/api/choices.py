@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple, Self
@@ -14,7 +14,9 @@ from msgspec.structs import replace as replace_fields
 from tokenrelay.model.sampling_params import TokenLogprobs
 from tokenrelay.service.api.cursor import Cursor
 from tokenrelay.service.api.generation import Generation, Generations
-from tokenrelay.service.api.schemas.usage import CompletionUsage, PromptTokensDetails
+from tokenrelay.service.api.schemas.usage import CompletionUsage, PromptTokensDetails, Timings
+from tokenrelay.service.api.timings import timings_of
+from tokenrelay.service.errors import ServiceError
 from tokenrelay.service.messages import Event, Submission, Usage
 from tokenrelay.service.terms import AnswerSpec, Terms, part_ids
 
@@ -31,6 +33,7 @@ class Output:
     logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: Sequence[TokenLogprobs | None] = ()
     finish_reason: str | None = None
+    stop_string: str = ""
 
     @property
     def num_entries(self) -> int:
@@ -50,11 +53,13 @@ class Step:
     output: Output
     usage: CompletionUsage | None = None
     prompt: int = 0  # whose log it is
+    timings: Timings | None = None  # with the last, if asked for
 
 
 class Finished(NamedTuple):
     outputs: list[Output]
     usage: CompletionUsage
+    timings: Timings | None = None
 
 
 class Choices:
@@ -137,22 +142,27 @@ class Choices:
             async for prompt, index, event in events:
                 if event.usage:
                     usages.append(event.usage)
-                yield Step(
-                    index,
-                    _output(prompt * self._n + event.choice, event, firsts.prompt_logprobs(prompt, event)),
-                    _total(usages) if len(usages) == len(self._running) else None,
-                    prompt,
-                )
+                usage = _total(usages) if len(usages) == len(self._running) else None
+                output = _output(prompt * self._n + event.choice, event, firsts.prompt_logprobs(prompt, event))
+                yield Step(index, output, usage, prompt, await self._timings(usage))
+
+    async def _timings(self, usage: CompletionUsage | None) -> Timings | None:
+        """At the end, if they were asked for and can be had."""
+        if usage is None or not self.answers[0].include_timings:
+            return None
+        with suppress(ServiceError):
+            return timings_of(await self._generations.timelines(self.request_ids), usage)
+        return None
 
     async def finished(self, n: int) -> Finished:
         """All of it, once it is complete: the ``n`` best choices of each prompt."""
         parts: list[list[Output]] = [[] for _ in range(len(self._running) * self._n)]
-        usage = _total([])
+        usage, timings = _total([]), None
         async with aclosing(self.steps()) as steps:
             async for step in steps:
                 parts[step.output.choice].append(step.output)
-                usage = step.usage or usage
-        return Finished(best_of([_joined(of_choice) for of_choice in parts], self._n, n), usage)
+                usage, timings = step.usage or usage, step.timings or timings
+        return Finished(best_of([_joined(of_choice) for of_choice in parts], self._n, n), usage, timings)
 
     @property
     def _n(self) -> int:
@@ -196,7 +206,9 @@ class _FirstOutputs:
 
 
 def _output(choice: int, event: Event, prompt_logprobs: Sequence[TokenLogprobs | None]) -> Output:
-    return Output(choice, event.text, event.token_ids, event.logprobs, prompt_logprobs, event.finish_reason)
+    return Output(
+        choice, event.text, event.token_ids, event.logprobs, prompt_logprobs, event.finish_reason, event.stop_string
+    )
 
 
 def _joined(parts: Sequence[Output]) -> Output:
@@ -208,6 +220,7 @@ def _joined(parts: Sequence[Output]) -> Output:
         [token for part in parts for token in part.logprobs],
         parts[0].prompt_logprobs,
         next(part.finish_reason for part in reversed(parts) if part.finish_reason),
+        "".join(part.stop_string for part in parts),
     )
 
 

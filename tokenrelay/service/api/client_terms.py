@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from fastapi import Request
 
-from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.answer_specs import Body, Wording, answer_specs
 from tokenrelay.service.api.schemas.request import MAX_TIMEOUT_SECONDS, GenerationRequest
+from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.errors import InvalidRequestError
 from tokenrelay.service.messages import Submission
 from tokenrelay.service.terms import Terms
@@ -27,12 +27,12 @@ def terms_of(
     body: Body,
     wording: Wording,
     submissions: Sequence[Submission],
-    tokenizer: Tokenizer,
+    model: ServedModel,
     default_timeout: float,
 ) -> list[Terms]:
     """One per submission; an idempotency key, which stands for all of them, with the first. Raises
     InvalidRequestError."""
-    first, *others = answer_specs(body, wording, submissions, tokenizer)
+    first, *others = answer_specs(body, wording, submissions, model)
     timeout, key = _timeout(request, body) or default_timeout, _idempotency_key(request)
     fingerprint = _fingerprint(request, body, wording) if key else ""
     return [Terms(first, timeout, key, fingerprint), *(Terms(spec, timeout) for spec in others)]

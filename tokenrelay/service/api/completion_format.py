@@ -8,6 +8,7 @@ from typing import Any
 from tokenrelay.model.sampling_params import TokenLogprobs
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.choices import Finished, Output, Step
+from tokenrelay.service.api.common_fields import CommonFields
 from tokenrelay.service.api.logprobs import LogprobsFormat, TextOffsets, prompt_offsets
 from tokenrelay.service.api.schemas.completions import Completion, CompletionChoice
 from tokenrelay.service.api.schemas.logprobs import CompletionLogprobs
@@ -20,8 +21,8 @@ class CompletionFormat(ServerSentEvents):
     """Of one completion, with a spec per prompt. ``answer_id`` is ``cmpl-…``."""
 
     def __init__(self, specs: Sequence[AnswerSpec], tokenizer: Tokenizer, answer_id: str) -> None:
-        self._id = answer_id
         self._specs = specs
+        self._fields = CommonFields(answer_id, "text_completion", specs)
         self._spec = specs[0]  # for what all prompts have in common
         self._tokenizer = tokenizer
         self._begun: dict[int, _Choice] = {}
@@ -31,21 +32,23 @@ class CompletionFormat(ServerSentEvents):
         return []
 
     def chunks(self, step: Step) -> list[Completion | bytes]:
-        output = step.output
-        chunks: list[Completion | bytes] = []
-        told = self._told(output)
-        if told.keys() == {"text"}:
+        output, at_end = step.output, self._fields.at_the_end(step)
+        self._fields.note(output)
+        told, chunks = self._told(output), list[Completion | bytes]()
+        if told.keys() == {"text"} and not self._spec.include_continuous_usage:
             chunks.append(self._text_chunks.json(output.choice, told["text"]))
         elif told:
             chunks.append(self._chunk(self._choice(output.choice, **told)))
         if output.finish_reason:
-            chunks.append(self._chunk(self._choice(output.choice, finish_reason=output.finish_reason)))
+            end = self._choice(output.choice, finish_reason=output.finish_reason)
+            chunks.append(self._chunk(end, **({} if self._spec.include_usage else at_end)))
         if step.usage and self._spec.include_usage:
-            chunks.append(self._chunk(usage=step.usage))
+            chunks.append(self._chunk(usage=step.usage, **at_end))
         return chunks
 
     def pass_over(self, step: Step) -> None:
         """A choice's later chunks depend on where the text before them ended."""
+        self._fields.note(step.output)
         self._told(step.output)
 
     def interim(self, name: str | None, **fields: Any) -> bytes:
@@ -56,7 +59,7 @@ class CompletionFormat(ServerSentEvents):
             self._choice(output.choice, finish_reason=output.finish_reason, **self._told(output))
             for output in finished.outputs
         ]
-        return self._chunk(*choices, usage=finished.usage)
+        return self._chunk(*choices, usage=finished.usage, **self._fields.at_the_end(finished))
 
     def _told(self, output: Output) -> dict[str, Any]:
         first = output.choice not in self._begun
@@ -72,15 +75,7 @@ class CompletionFormat(ServerSentEvents):
 
     def _chunk(self, *choices: CompletionChoice, **fields: Any) -> Completion:
         """Every field is set here: only set fields are sent."""
-        usage = {"usage": None} if self._spec.include_usage else {}
-        return Completion(
-            id=self._id,
-            object="text_completion",
-            created=self._spec.created,
-            model=self._spec.model,
-            choices=list(choices),
-            **(usage | fields),
-        )
+        return Completion(choices=list(choices), **(self._fields.of_a_chunk | fields))
 
 
 class _Choice:

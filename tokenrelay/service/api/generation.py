@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, Self
 
@@ -21,7 +21,7 @@ from tokenrelay.service.mailbox import Mailbox, Subscription
 from tokenrelay.service.messages import Error, Event, Submission
 from tokenrelay.service.metrics import ApiMetrics
 from tokenrelay.service.queue import CancelOutcome, Queue
-from tokenrelay.service.request_records import RequestRecords
+from tokenrelay.service.request_records import Moment, RequestRecords
 from tokenrelay.service.terms import AnswerSpec, Terms
 
 FAREWELL_SECONDS = 30.0  # how long a cancelled request's terminal event is waited for
@@ -158,6 +158,10 @@ class Generations:
         self._metrics.streams_joined.inc()
         deadline = Deadline(self._queue, request_id, events.remaining)
         return self._read(Generation(request_id, answer, events, deadline, None))
+
+    async def timelines(self, request_ids: Sequence[str]) -> list[list[Moment]]:
+        """What happened to these requests when. Raises NotFoundError, BrokerUnavailable."""
+        return [(await self._records.read(request_id)).timeline for request_id in request_ids]
 
     async def close(self, generation: Generation, *, may_return: bool = False) -> None:
         """The client wants no more of it, or it ``may_return``. Does not wait: a request that has not ended is seen off

@@ -67,7 +67,7 @@ def _choices(body: GenerationRequest) -> dict[str, Any]:
 
 def require_plain_beams(body: GenerationRequest, params: SamplingParams) -> None:
     """Beams are neither sampled nor streamed, and end with a token. Raises InvalidRequestError."""
-    sent_as = {"mirostat_tau": "mirostat", "grammar": body.structure.param if body.structure else ""}
+    sent_as = {"mirostat_tau": "mirostat", "grammar": body.structure.param if body.structure else "tool_choice"}
     sent = [name for name in ("stream", "echo") if getattr(body, name, None)]
     for field in fields(params):
         off = _OFF.get(field.name, (field.default,))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tokenrelay.model.structured.errors import GrammarError
 from tokenrelay.model.structured.sandbox import Sandbox
 from tokenrelay.model.tokenizer import Tokenizer
-from tokenrelay.service.api.schemas.structured import StructuredFields
+from tokenrelay.service.api.schemas.structured import Structure
 from tokenrelay.service.errors import InvalidGrammar, Unavailable
 
 NUM_TRIALS = 2  # at once
@@ -23,14 +23,13 @@ class Grammars:
         self._threads = ThreadPoolExecutor(NUM_TRIALS, thread_name_prefix="grammar")
         self._num_waiting = 0
 
-    async def grammar_of(self, body: StructuredFields) -> str:
-        """What ``SamplingParams.grammar`` is to be; "" if the body asks for no structure.
+    async def grammar_of(self, structure: Structure | None) -> str:
+        """What ``SamplingParams.grammar`` is to be; "" without a structure.
 
         Raises:
             InvalidGrammar: it cannot be used; the message says why and where.
             Unavailable: too many are being tried.
         """
-        structure = body.structure
         if structure is None:
             return ""
         if self._num_waiting >= MAX_WAITING:

@@ -20,6 +20,7 @@ class Choice:
         self.token_ids: list[int] = []
         self.mirostat_mu: float | None = None
         self.finish_reason: str | None = None
+        self._stop_string = ""
         self._submission = submission
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, submission.prompt_tail, skip_special_tokens=submission.skip_special_tokens
@@ -49,6 +50,7 @@ class Choice:
             prompt_logprobs=list(output.prompt_logprobs),
             mirostat_mu=output.mirostat_mu,
             finish_reason=self.finish_reason,
+            stop_string=self._stop_string,
         )
 
     def replay(self, event: Event) -> None:
@@ -73,8 +75,9 @@ class Choice:
         self.token_ids.append(token_id)
         may_stop = len(self.token_ids) >= self._submission.params.min_tokens
         matched = self._matcher.append(self._decode(token_id, finish_reason), may_stop=may_stop)
-        self.finish_reason = FinishReason.STOP if matched.stopped else finish_reason
-        if finish_reason is None or matched.stopped:
+        self._stop_string = matched.stop
+        self.finish_reason = FinishReason.STOP if matched.stop else finish_reason
+        if finish_reason is None or matched.stop:
             return matched.text
         return matched.text + self._matcher.flush()
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 
 class Matched(NamedTuple):
-    """Text that may be shown now, and whether a stop string ended it."""
+    """Text that may be shown now, and the stop string that ended it, if one did."""
 
     text: str
-    stopped: bool
+    stop: str = ""
 
 
 class StopStringMatcher:
@@ -34,11 +34,12 @@ class StopStringMatcher:
             self._num_protected = len(self._pending)
         if match := self._first_match():
             start, end = match
-            return Matched(self._pending[self._num_shown : end if self._include else start], True)
+            shown = self._pending[self._num_shown : end if self._include else start]
+            return Matched(shown, self._pending[start:end])
         num_pending = self._num_pending()
         shown = self._show(len(self._pending) - (0 if self._include else num_pending))
         self._forget(len(self._pending) - num_pending)
-        return Matched(shown, False)
+        return Matched(shown)
 
     def flush(self) -> str:
         """What was held back, when no more text comes."""

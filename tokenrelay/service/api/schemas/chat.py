@@ -10,40 +10,35 @@ from pydantic_core import PydanticCustomError
 from tokenrelay.model.sampling_params import MAX_LOGPROBS
 from tokenrelay.service.api.schemas.interim import InterimFields
 from tokenrelay.service.api.schemas.logprobs import ChatLogprobs, PromptLogprobs
-from tokenrelay.service.api.schemas.not_built import IN_MESSAGES, ON_CHAT, Neutral
+from tokenrelay.service.api.schemas.messages import ChatMessage
+from tokenrelay.service.api.schemas.not_built import ON_CHAT, Neutral
 from tokenrelay.service.api.schemas.request import GenerationRequest
-from tokenrelay.service.api.schemas.request_schema import RequestSchema
-from tokenrelay.service.api.schemas.usage import CompletionUsage
+from tokenrelay.service.api.schemas.tools import ToolFields
+from tokenrelay.service.api.schemas.usage import CompletionUsage, Timings
 
 MAX_MESSAGES = 4096
-MAX_PARTS = 256
+MAX_TEMPLATE_ARGUMENTS = 16
+MAX_TEMPLATE_CHARACTERS = 1024  # of one argument
+
+TemplateText = Annotated[str, Field(max_length=MAX_TEMPLATE_CHARACTERS)]
+TemplateArgument = TemplateText | bool | int | float | None
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
-class TextPart(RequestSchema):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(RequestSchema):
-    not_built: ClassVar[Neutral] = IN_MESSAGES
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
-    name: str | None = Field(None, description="Who speaks; used by chat templates that know it.")
-    tool_call_id: str | None = Field(None, description="The call a tool message answers.")
-
-    @property
-    def text(self) -> str:
-        """Text parts are joined by line breaks, as other servers do."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
-
-
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(GenerationRequest, ToolFields):
     not_built: ClassVar[Neutral] = ON_CHAT
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    reasoning_effort: Effort | None = Field(None, description="For templates that know it; others refuse it.")
+    include_reasoning: bool | None = Field(None, description="Tell the reasoning, too. Default true.")
+    separate_reasoning: bool | None = Field(None, description="Split the reasoning from the content. Default true.")
+    chat_template_kwargs: Annotated[dict[str, TemplateArgument], Field(max_length=MAX_TEMPLATE_ARGUMENTS)] | None = (
+        Field(None, description="Further arguments of the model's chat template, such as enable_thinking.")
+    )
+    add_generation_prompt: bool | None = Field(None, description="Begin the assistant's turn. Default true.")
+    continue_final_message: bool | None = Field(
+        None, description="Go on with the last message instead of beginning another. Default false."
+    )
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Tell how likely the tokens are. Default false.")
     top_logprobs: int | None = Field(
@@ -64,9 +59,27 @@ class ChatCompletionRequest(GenerationRequest):
             raise PydanticCustomError("no_logprobs", "is only allowed with logprobs=true", {"name": "top_logprobs"})
         return self
 
+    @model_validator(mode="after")
+    def _one_way_to_begin(self) -> ChatCompletionRequest:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise PydanticCustomError(
+                "two_beginnings", "contradicts add_generation_prompt=true", {"name": "continue_final_message"}
+            )
+        return self
+
     @property
     def token_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_completion_tokens or super().token_limit
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether a grammar decides what the text may be."""
+        return self.structure is not None or self.must_call
+
+    @property
+    def parses_calls(self) -> bool:
+        """Whether calls of tools may stand in the text: not where it must be something else."""
+        return bool(self.callable_tools) and (self.must_call or self.structure is None)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -107,6 +120,9 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: CompletionUsage
+    system_fingerprint: str | None = None
+    service_tier: str | None = None
+    timings: Timings | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
@@ -151,5 +167,8 @@ class ChatCompletionChunk(InterimFields):
     model: str
     choices: list[ChunkChoice]
     usage: CompletionUsage | None = None
+    system_fingerprint: str | None = None
+    service_tier: str | None = None
+    timings: Timings | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None

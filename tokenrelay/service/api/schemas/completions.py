@@ -11,7 +11,7 @@ from tokenrelay.service.api.schemas.interim import InterimFields
 from tokenrelay.service.api.schemas.logprobs import CompletionLogprobs, PromptLogprobs
 from tokenrelay.service.api.schemas.not_built import ON_COMPLETIONS, Neutral
 from tokenrelay.service.api.schemas.request import GenerationRequest
-from tokenrelay.service.api.schemas.usage import CompletionUsage
+from tokenrelay.service.api.schemas.usage import CompletionUsage, Timings
 
 MAX_PROMPTS = 4096  # what is looked at; the setting max_n says how many may be asked for
 
@@ -73,3 +73,6 @@ class Completion(InterimFields):
     model: str
     choices: list[CompletionChoice]
     usage: CompletionUsage | None = None
+    system_fingerprint: str | None = None
+    service_tier: str | None = None
+    timings: Timings | None = None

@@ -13,10 +13,7 @@ Neutral = Mapping[str, tuple[Any, ...]]
 
 _OPENAI = {
     "store": (False,),
-    "service_tier": ("auto", "default"),
-    "prompt_cache_key": (),
-    "prompt_cache_retention": (),
-    "safety_identifier": (),
+    "prompt_cache_retention": ("in-memory", "in_memory"),
 }
 _VLLM = {
     "spaces_between_special_tokens": (True,),
@@ -29,44 +26,32 @@ _VLLM = {
     "prompt_embeds": (),
 }
 _LLAMA_CPP = {
-    "cache_prompt": (True,),
-    "n_predict": (),
     "n_probs": (0,),
     "n_keep": (0,),
     "id_slot": (-1,),
     "samplers": (),
     "t_max_predict_ms": (),
-    "timings_per_token": (False,),
     "lora": ([],),
 }
 _SGLANG = {
     "rid": (),
     "lora_path": (),
     "session_params": (),
-    "separate_reasoning": (True,),
 }
 
 ON_BOTH_ROUTES: Neutral = _OPENAI | _VLLM | _LLAMA_CPP | _SGLANG
 
 ON_CHAT: Neutral = {
     **ON_BOTH_ROUTES,
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
     "thinking_token_budget": (),
-    "include_reasoning": (True,),
     "verbosity": ("medium",),
     "web_search_options": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "documents": ([],),
     "mm_processor_kwargs": (),
     "add_special_tokens": (False,),
@@ -75,17 +60,15 @@ ON_CHAT: Neutral = {
 
 ON_COMPLETIONS: Neutral = {
     **ON_BOTH_ROUTES,
+    "separate_reasoning": (True,),
     "suffix": ("",),
 }
 
 IN_MESSAGES: Neutral = {
-    "tool_calls": ([],),
     "function_call": (),
     "refusal": (),
     "audio": (),
     "annotations": ([],),
-    "reasoning": ("",),
-    "reasoning_content": ("",),
 }
 
 IN_STRUCTURED_OUTPUTS: Neutral = {
@@ -98,7 +81,6 @@ IN_STRUCTURED_OUTPUTS: Neutral = {
 
 IN_STREAM_OPTIONS: Neutral = {
     "include_obfuscation": (False,),
-    "continuous_usage_stats": (False,),
 }
 
 

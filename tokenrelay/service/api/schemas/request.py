@@ -21,6 +21,8 @@ MAX_PRIORITY = 100  # either way: what the queue's order has room for
 MAX_SALT_CHARACTERS = 256
 MAX_TIMEOUT_SECONDS = 24 * 3600  # what the broker keeps of a live request
 
+_TIERS = {"flex": 10, "priority": -10}
+
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
@@ -31,6 +33,17 @@ class StreamOptions(RequestSchema):
     include_queue: bool | None = Field(
         None, description="Tell the place in the queue while the request waits: `event: queue`, at most twice a second."
     )
+    continuous_usage_stats: bool | None = Field(
+        None, description="Tell the usage so far with every chunk. Only with include_usage."
+    )
+
+    @model_validator(mode="after")
+    def _usage_is_told(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise PydanticCustomError(
+                "no_usage", "is only allowed with include_usage=true", {"name": "continuous_usage_stats"}
+            )
+        return self
 
 
 class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestSchema):
@@ -39,6 +52,9 @@ class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestS
     model: str = Field(description="The served model's name, as in GET /v1/models.")
     max_tokens: int | None = Field(
         None, ge=0, description="Most tokens to generate. 0 scores the prompt: only with echo or prompt_logprobs."
+    )
+    n_predict: Annotated[int, Field(ge=1)] | Literal[-1] | None = Field(
+        None, description="llama.cpp's name of max_tokens; -1: no limit."
     )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Equal seeds give equal tokens. Default: random.")
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = Field(
@@ -59,6 +75,10 @@ class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestS
         max_length=MAX_SALT_CHARACTERS,
         description="Cached prefixes are shared only with requests of the same salt.",
     )
+    cache_prompt: bool | None = Field(None, description="Whether the prompt may be found in the cache. Default true.")
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = Field(
+        None, description="flex: after the others; priority: before them. `priority` says it more finely."
+    )
     timeout: float | None = Field(
         None,
         gt=0,
@@ -73,12 +93,31 @@ class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestS
     return_progress: bool | None = Field(
         None, description="Tell how far the prompt is: chunks with `prompt_progress`. Only with stream=true."
     )
+    timings_per_token: bool | None = Field(
+        None, description="Tell how long it took: `timings`, in the answer or in the stream's last chunk."
+    )
+    prompt_cache_key: str | None = Field(None, description="Has no effect here: equal prompts always share the cache.")
+    safety_identifier: str | None = Field(None, description="Your end user; has no effect here.")
     user: str | None = Field(None, description="Your end user; has no effect here.")
     metadata: dict[str, str] | None = Field(None, description="Your notes; have no effect here.")
 
     @property
     def token_limit(self) -> int | None:
-        return self.max_tokens
+        return self.max_tokens if self.n_predict in (None, -1) else self.n_predict
+
+    @property
+    def rank(self) -> int:
+        """The priority, as a number or by its tier."""
+        return (self.priority or 0) + _TIERS.get(self.service_tier or "", 0)
+
+    @property
+    def granted_tier(self) -> str:
+        """As OpenAI tells it: what ``auto`` became."""
+        return "default" if self.service_tier == "auto" else self.service_tier or ""
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     @property
     def include_queue(self) -> bool:
@@ -100,6 +139,16 @@ class GenerationRequest(SamplingFields, OutputFields, StructuredFields, RequestS
             raise PydanticCustomError("needs_stream", "is only allowed with stream=true", {"name": "return_progress"})
         if self.stream and self.num_generated > (self.n or 1):
             raise PydanticCustomError("no_stream", "above n is not allowed with stream=true", {"name": "best_of"})
+        return self
+
+    @model_validator(mode="after")
+    def _one_length(self) -> GenerationRequest:
+        if self.n_predict is not None and self.max_tokens is not None and self.n_predict != self.max_tokens:
+            raise PydanticCustomError("two_limits", "contradicts max_tokens; send one of them", {"name": "n_predict"})
+        if self.service_tier in _TIERS and self.priority:
+            raise PydanticCustomError(
+                "two_priorities", "contradicts priority; send one of them", {"name": "service_tier"}
+            )
         return self
 
     @model_validator(mode="after")

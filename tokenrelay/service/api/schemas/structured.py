@@ -24,7 +24,7 @@ class Structure(NamedTuple):
     """One wish. ``param`` is where it came from, ``kind`` names the maker of ``model.structured.grammars``."""
 
     param: str
-    kind: Literal["json_schema", "regex", "choice", "ebnf"]
+    kind: Literal["json_schema", "regex", "choice", "ebnf", "ready"]
     source: Any
 
 
