@@ -88,8 +88,9 @@ def test_of_several_alternatives_with_one_name_the_token_itself_counts(tokenizer
 
 
 def told(streaming: CompletionFormat, output: Output) -> list[Completion]:
-    """The chunks of a step, all of which tell more than text."""
-    return [chunk for chunk in streaming.chunks(Step(1, output)) if isinstance(chunk, Completion)]
+    """The chunks of a step, also those that are bytes already."""
+    chunks = streaming.chunks(Step(1, output))
+    return [Completion.model_validate_json(chunk) if isinstance(chunk, bytes) else chunk for chunk in chunks]
 
 
 def answered(tokenizer: Tokenizer, prompt: str | list[int], outputs: Sequence[Output], **fields: Any) -> dict[str, Any]:
