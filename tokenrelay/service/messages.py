@@ -70,8 +70,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     behind the ids while a stop string or a UTF-8 sequence is incomplete. ``logprobs`` has one entry per token id,
     ``prompt_logprobs`` one per prompt token, None for the first, and comes with the log's first event; both only if
     asked for. ``mirostat_mu`` is the sampler's state behind these tokens, which a resumed choice begins with.
-    ``finish_reason`` ends the choice, and ``stop_string`` is what made it ``stop``, unless a token did. The entry with ``usage`` or ``error`` is terminal: exactly one, the last of the
-    log.
+    ``finish_reason`` ends the choice, and ``stop_string`` is what made it ``stop``, unless a token did. The entry with
+    ``usage`` or ``error`` is terminal: exactly one, the last of the log.
     """
 
     choice: int = 0

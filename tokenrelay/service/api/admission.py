@@ -37,11 +37,21 @@ class Admission:
         self._max_n = max_n
         self._grammars = grammars
 
-    async def chat(self, body: ChatCompletionRequest, request_id: str) -> list[Submission]:
-        self._require_servable(body)
-        size = sum(message.size for message in body.messages) + sum(tool.size for tool in body.tools or ())
-        prompt, structure = await off_loop_if_large(size, LARGE_TEXT, lambda: self._prompt_and_structure(body))
+    async def chat(self, body: ChatCompletionRequest, request_id: str, *, fit: bool = False) -> list[Submission]:
+        """``fit``: more tokens than there is room for are as many as there is room for."""
+        prompt = await self.chat_prompt(body)
+        if fit and body.max_tokens:
+            body = body.model_copy(update={"max_tokens": self._fitting(body.max_tokens, len(prompt))})
+        structure = await off_loop_if_large(_size(body), LARGE_TEXT, lambda: structure_of(body, self._model.dialect))
         return await self._submissions(body, request_id, [prompt], "messages", self._model.context, structure)
+
+    async def chat_prompt(self, body: ChatCompletionRequest) -> list[int]:
+        """What the model reads of it."""
+        self._require_servable(body)
+        return await off_loop_if_large(_size(body), LARGE_TEXT, lambda: encode_chat(self._model, body))
+
+    def _fitting(self, max_tokens: int, num_prompt: int) -> int:
+        return max(1, min(max_tokens, self._model.max_model_len - num_prompt))
 
     async def completion(self, body: CompletionRequest, request_id: str) -> list[Submission]:
         self._require_servable(body)
@@ -53,10 +63,6 @@ class Admission:
         self._model.require(body.model)
         _require_at_most(body.n or 1, self._max_n, "n", "choices per prompt")
         _require_at_most(body.num_generated, self._max_n, "best_of", "choices per prompt")
-
-    def _prompt_and_structure(self, body: ChatCompletionRequest) -> tuple[list[int], Structure | None]:
-        """Of a chat: its tokens, and what the answer must be."""
-        return encode_chat(self._model, body), structure_of(body, self._model.dialect)
 
     def _encoder(self, body: CompletionRequest) -> Callable[[], list[list[int]]]:
         add_special_tokens = body.add_special_tokens is not False
@@ -127,6 +133,11 @@ class Admission:
                 param=param,
             )
         return limit - num_prompt
+
+
+def _size(body: ChatCompletionRequest) -> int:
+    """Characters that the model is told, about."""
+    return sum(message.size for message in body.messages) + sum(tool.size for tool in body.tools or ())
 
 
 def encode_chat(model: ServedModel, body: ChatCompletionRequest) -> list[int]:

@@ -11,6 +11,8 @@ from starlette.responses import Response
 
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.answer_specs import Body, Wording
+from tokenrelay.service.api.anthropic.messages_format import PREFIX as MESSAGE
+from tokenrelay.service.api.anthropic.messages_format import MessagesFormat
 from tokenrelay.service.api.chat_format import ChatFormat
 from tokenrelay.service.api.choices import LARGE_LOGPROBS, Choices, Finished
 from tokenrelay.service.api.client_terms import terms_of
@@ -37,6 +39,7 @@ class _Wire(NamedTuple):
 _WIRES: Mapping[Route, _Wire] = {
     "chat": _Wire("chatcmpl-", ChatFormat),
     "completion": _Wire("cmpl-", CompletionFormat),
+    "messages": _Wire(MESSAGE, MessagesFormat),
 }
 
 

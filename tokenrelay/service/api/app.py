@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from tokenrelay import __version__
 from tokenrelay.service.api import chat, completions, health, models, requests
+from tokenrelay.service.api.anthropic import routes as anthropic
 from tokenrelay.service.api.error_handlers import add_error_handlers
 from tokenrelay.service.api.openapi_document import add_openapi
 from tokenrelay.service.api.process import running
@@ -32,6 +33,6 @@ def create_app(settings: Settings, model: ServedModel) -> FastAPI:
     app.add_middleware(RequestIdMiddleware)
     add_error_handlers(app)
     add_openapi(app)
-    for part in (chat, completions, requests, models, health):
+    for part in (chat, completions, anthropic, requests, models, health):
         app.include_router(part.router)
     return app

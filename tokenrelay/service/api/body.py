@@ -145,10 +145,10 @@ def _refusal(problem: ErrorDetails, fields: dict[str, Any]) -> InvalidRequestErr
 def field_path(location: Sequence[int | str], fields: Any) -> str:
     """``messages.0.content`` from pydantic's location, which also names the branches of unions."""
     path: list[str] = []
-    for step in location:
+    for number, step in enumerate(location, 1):
         if isinstance(step, int) and isinstance(fields, list):
             fields = fields[step] if step < len(fields) else None
-        elif isinstance(step, str) and isinstance(fields, dict):
+        elif isinstance(step, str) and isinstance(fields, dict) and (step in fields or number == len(location)):
             fields = fields.get(step)
         else:
             continue

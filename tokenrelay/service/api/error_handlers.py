@@ -1,4 +1,4 @@
-"""Every error leaves in OpenAI's shape, with the headers that tell a client whether and when to try again."""
+"""Every error leaves in its protocol's shape, with the headers that tell a client whether and when to try again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 
+from tokenrelay.service.api.error_shapes import error_body
 from tokenrelay.service.api.event_loop import ClientGone
 from tokenrelay.service.api.generation import GenerationFailed
-from tokenrelay.service.api.request_id import HEADER, request_id_of
+from tokenrelay.service.api.request_id import id_headers
 from tokenrelay.service.errors import InvalidRequestError, ServiceError
 
 DEFAULT_RETRY_AFTER = 1.0  # seconds
@@ -36,9 +37,11 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def error_response(
-    error: ServiceError, *, status: int | None = None, headers: Mapping[str, str] | None = None
+    error: ServiceError, path: str = "", *, status: int | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    return JSONResponse(error.body(), status or error.status, {**retry_headers(error), **(headers or {})})
+    """``path``: of the request, which says in what shape."""
+    status = status or error.status
+    return JSONResponse(error_body(error, status, path), status, {**retry_headers(error), **(headers or {})})
 
 
 def retry_headers(error: ServiceError) -> dict[str, str]:
@@ -55,12 +58,12 @@ def retry_headers(error: ServiceError) -> dict[str, str]:
 
 async def _refused(request: Request, error: ServiceError) -> Response:
     request.app.state.api.metrics.refused(error.code)
-    return error_response(error)
+    return error_response(error, request.scope["path"])
 
 
 async def _failed(request: Request, failure: GenerationFailed) -> Response:
     """Not a refusal: the request was accepted, and its outcome is counted."""
-    return error_response(failure.error)
+    return error_response(failure.error, request.scope["path"])
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
@@ -72,7 +75,8 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
         404: (f"There is no route {path}; see /docs.", "not_found"),
         405: (f"{path} is not allowed; see the Allow header.", "method_not_allowed"),
     }.get(error.status_code, (str(error.detail), "invalid_request"))
-    return error_response(InvalidRequestError(message, code=code), status=error.status_code, headers=headers)
+    refusal = InvalidRequestError(message, code=code)
+    return error_response(refusal, request.scope["path"], status=error.status_code, headers=headers)
 
 
 def _allowed(request: Request) -> list[str]:
@@ -86,7 +90,8 @@ def _allowed(request: Request) -> list[str]:
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
-    return error_response(InvalidRequestError("The request's path or query is not valid; see /docs."))
+    refusal = InvalidRequestError("The request's path or query is not valid; see /docs.")
+    return error_response(refusal, request.scope["path"])
 
 
 async def _gone(request: Request, error: Exception) -> Response:
@@ -95,5 +100,5 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     """Starlette answers with this above all middleware, so the request's id is added here."""
-    headers = {HEADER: request_id_of(request.scope)}
-    return error_response(ServiceError("The server failed; the error was logged."), headers=headers)
+    failure = ServiceError("The server failed; the error was logged.")
+    return error_response(failure, request.scope["path"], headers=id_headers(request.scope))

@@ -88,9 +88,9 @@ ERRORS = errors(ErrorBody)
 def documented(
     body: type[BaseModel],
     answer: type[BaseModel],
-    chunk: type[BaseModel] | None = None,
-    *,
     error: type[BaseModel] = ErrorBody,
+    *,
+    chunk: type[BaseModel] | None = None,
 ) -> dict[str, Any]:
     """The arguments of a route decorator that describe its body, its answer, a stream's chunks and its errors."""
     content = {"application/json": {"schema": schema_of(answer, "serialization")}}

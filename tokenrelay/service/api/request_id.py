@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = "X-Request-Id"
+ANTHROPICS_HEADER = "request-id"  # where Anthropic's clients look for it
 _ACCEPTABLE = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -22,6 +23,10 @@ def new_request_id() -> str:
 
 def request_id_of(scope: Scope) -> str:
     return str(scope["state"]["request_id"])
+
+
+def id_headers(scope: Scope) -> dict[str, str]:
+    return dict.fromkeys((HEADER, ANTHROPICS_HEADER), request_id_of(scope))
 
 
 class RequestIdMiddleware:
@@ -39,7 +44,7 @@ class RequestIdMiddleware:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[HEADER] = request_id
+                MutableHeaders(scope=message).update(id_headers(scope))
             await send(message)
 
         await self._app(scope, receive, send_with_id)

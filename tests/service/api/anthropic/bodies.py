@@ -1,0 +1,20 @@
+"""Small bodies of Messages requests, and what they become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenrelay.service.api.anthropic import translation
+from tokenrelay.service.api.anthropic.request import MessagesRequest
+from tokenrelay.service.api.body import validate
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    """None leaves a field out."""
+    given = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}], **fields}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def chat_fields(**fields: Any) -> dict[str, Any]:
+    """The chat completion's fields that are set."""
+    return translation.chat_fields(validate(MessagesRequest, body(**fields)))
