@@ -148,6 +148,11 @@ class Subscription:
     def __aiter__(self) -> Self:
         return self
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next event is here: to take it is no wait."""
+        return bool(self._buffer)
+
     async def __anext__(self) -> tuple[int, Event]:
         while not self._buffer:
             if self._ended:

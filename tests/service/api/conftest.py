@@ -1,4 +1,5 @@
-"""One API process per test module; after every test, what was accepted has ended, and is counted once."""
+"""One API process per test module; after every test, what was accepted has ended, and is counted
+once, and every answer was what OpenAI's document says."""
 
 from __future__ import annotations
 
@@ -44,6 +45,7 @@ def server(running_server: Server) -> Iterator[Server]:
     yield running_server
     wait_for(lambda: in_flight(running_server) == 0)
     assert accepted(running_server) == ended(running_server)
+    assert running_server.judge.complaints() == []
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The API over a real socket, and a paced stand-in for the model worker."""
+"""The API over a real socket, every answer judged, and a paced stand-in for the model worker."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import httpx
 import msgspec
 from prometheus_client import CollectorRegistry
 
+from tests.service.published.judge import Judge
 from tokenrelay.model.sampling_params import TokenLogprobs
 from tokenrelay.service.api.app import create_app
 from tokenrelay.service.api.connection import Connection
@@ -66,6 +67,7 @@ class Server(Endpoint):
 
     process: ApiProcess
     uvicorn: DrainingServer
+    judge: Judge
 
     @property
     def connections(self) -> list[Connection]:
@@ -90,17 +92,22 @@ def serving(settings: Settings, model: ServedModel) -> Iterator[Server]:
     """Serve from a thread with an event loop of its own, as a process would."""
     app = create_app(settings, model)
     server = DrainingServer(app, settings)
+    judge = Judge(app)
+    server.config.app = judge
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
             wait_for(lambda: server.started)
-            yield Server(port=port, settings=settings, model=model.name, process=app.state.api, uvicorn=server)
+            yield Server(
+                port=port, settings=settings, model=model.name, process=app.state.api, uvicorn=server, judge=judge
+            )
         finally:
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+        assert judge.complaints() == []
 
 
 @asynccontextmanager

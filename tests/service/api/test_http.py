@@ -30,6 +30,7 @@ def test_routes_and_methods_that_are_not_there(post: httpx.Client) -> None:
     response = post.get(CHAT)
     assert refused(response, 405)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"
+    assert post.put("/v1/requests/a").headers["allow"] == "GET, DELETE"
     refused(post.delete("/v1/models"), 405)
 
 

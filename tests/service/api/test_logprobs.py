@@ -18,7 +18,7 @@ from tokenrelay.service.api.choices import Finished, Output, Step
 from tokenrelay.service.api.completion_format import CompletionFormat
 from tokenrelay.service.api.logprobs import LogprobsFormat
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
-from tokenrelay.service.api.schemas.completions import CompletionRequest
+from tokenrelay.service.api.schemas.completions import Completion, CompletionRequest
 from tokenrelay.service.api.schemas.usage import CompletionUsage, PromptTokensDetails
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.messages import Submission
@@ -87,13 +87,19 @@ def test_of_several_alternatives_with_one_name_the_token_itself_counts(tokenizer
     assert told.tokens == [f"token_id:{second}"]
 
 
+def told(streaming: CompletionFormat, output: Output) -> list[Completion]:
+    """The chunks of a step, also those that are bytes already."""
+    chunks = streaming.chunks(Step(1, output))
+    return [Completion.model_validate_json(chunk) if isinstance(chunk, bytes) else chunk for chunk in chunks]
+
+
 def answered(tokenizer: Tokenizer, prompt: str | list[int], outputs: Sequence[Output], **fields: Any) -> dict[str, Any]:
     """The choice that the outputs make, streamed and at once: both must be the same."""
     body = CompletionRequest(model="m", prompt=prompt, logprobs=0, **fields)
     ids = tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
     specs = answer_specs(body, Wording("completion"), [prompt_of(*ids)], served(tokenizer))
     streaming, whole = (CompletionFormat(specs, tokenizer, "r") for _ in range(2))
-    chunks = [chunk.choices[0].model_dump() for output in outputs for chunk in streaming.chunks(Step(1, output))]
+    chunks = [chunk.choices[0].model_dump() for output in outputs for chunk in told(streaming, output)]
     everything = Output(
         0,
         "".join(output.text for output in outputs),

@@ -11,7 +11,8 @@ import pytest
 
 from tests.service.api.conftest import ended, in_flight
 from tests.service.api.serving import Server, sse_events, wait_for, working
-from tokenrelay.service.messages import Error
+from tokenrelay.service.messages import Error, Event
+from tokenrelay.service.token_log import Publication
 
 
 def body(server: Server, **fields: Any) -> dict[str, Any]:
@@ -66,6 +67,19 @@ async def test_a_failure_before_the_first_token_is_an_error_object_and_done(
     assert error == {"error": {"message": "Lost.", "type": "server_error", "param": None, "code": "worker_lost"}}
     assert done == "[DONE]"
     assert '"finish_reason":"' not in response.text
+
+
+async def test_what_came_with_a_failure_is_sent_before_it(server: Server, http: httpx.AsyncClient) -> None:
+    """Chunks that are there together leave together; none is left behind."""
+    events = [Event(text="a"), Event(text="b"), Event(error=Error(message="Lost.", code="worker_lost"))]
+    async with working(server, held_back=True) as worker:
+        reading = asyncio.create_task(http.post("/v1/chat/completions", json=body(server)))
+        await asyncio.to_thread(wait_for, lambda: worker.claims)
+        (claim,) = worker.claims
+        await worker.token_log.finish("paced", Publication(claim.submission.request_id, claim.epoch, 1, events))
+        *chunks, error, done = [json_or_text(event) for event in sse_events((await reading).text)]
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == "ab"
+    assert (error["error"]["code"], done) == ("worker_lost", "[DONE]")
 
 
 async def test_the_same_failure_is_an_http_status_without_a_stream(server: Server, http: httpx.AsyncClient) -> None:

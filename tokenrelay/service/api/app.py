@@ -17,7 +17,7 @@ from tokenrelay.service.api.error_handlers import add_error_handlers
 from tokenrelay.service.api.keyring import Keyring
 from tokenrelay.service.api.ollama import models as ollama_models
 from tokenrelay.service.api.ollama import routes as ollama
-from tokenrelay.service.api.openapi import add_openapi
+from tokenrelay.service.api.openapi_document import add_openapi
 from tokenrelay.service.api.process import running
 from tokenrelay.service.api.request_id import RequestIdMiddleware
 from tokenrelay.service.api.responses import routes as responses

@@ -13,12 +13,12 @@ from tokenrelay.service.api.body import json_body
 from tokenrelay.service.api.dependencies import AdmissionDep, RelayId
 from tokenrelay.service.api.openapi import documented
 from tokenrelay.service.api.room import require_room
-from tokenrelay.service.api.schemas.chat import ChatCompletion, ChatCompletionRequest
+from tokenrelay.service.api.schemas.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 
 router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/chat/completions", **documented(ChatCompletionRequest, ChatCompletion))
+@router.post("/v1/chat/completions", **documented(ChatCompletionRequest, ChatCompletion, chunk=ChatCompletionChunk))
 async def create_chat_completion(
     request: Request,
     body: Annotated[ChatCompletionRequest, Depends(json_body(ChatCompletionRequest))],

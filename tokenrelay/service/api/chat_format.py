@@ -20,6 +20,7 @@ from tokenrelay.service.api.schemas.chat import (
     MessageDelta,
 )
 from tokenrelay.service.api.sse import ServerSentEvents
+from tokenrelay.service.api.text_chunks import TextChunks
 from tokenrelay.service.terms import AnswerSpec
 
 
@@ -30,6 +31,7 @@ class ChatFormat(ServerSentEvents):
         self._spec = spec = specs[0]
         self._fields = CommonFields(answer_id, "chat.completion.chunk", specs)
         self._logprobs = LogprobsFormat(spec, tokenizer)
+        self._text_chunks = TextChunks(lambda i, text: self._chunk(self._delta(i, MessageDelta(content=text))))
         relay_id = answer_id.rpartition("-")[2]
         self._parsers = [AssistantParser(spec, relay_id, choice) for choice in range(spec.num_generated)]
 
@@ -37,10 +39,10 @@ class ChatFormat(ServerSentEvents):
         roles = [self._delta(i, MessageDelta(role="assistant", content="")) for i in range(self._spec.n)]
         return [self._chunk(roles[0], **self._about_prompt(first.output)), *map(self._chunk, roles[1:])]
 
-    def chunks(self, step: Step) -> list[ChatCompletionChunk]:
+    def chunks(self, step: Step) -> list[ChatCompletionChunk | bytes]:
         output, at_end = step.output, self._fields.at_the_end(step)
         self._fields.note(output)
-        chunks = self._text_chunks(output)
+        chunks = self._of_text(output)
         if output.finish_reason:
             end = self._delta(output.choice, MessageDelta(), finish_reason=self._reason(output))
             chunks.append(self._chunk(end, **({} if self._spec.include_usage else at_end)))
@@ -48,13 +50,16 @@ class ChatFormat(ServerSentEvents):
             chunks.append(self._chunk(usage=step.usage, **at_end))
         return chunks
 
-    def _text_chunks(self, output: Output) -> list[ChatCompletionChunk]:
+    def _of_text(self, output: Output) -> list[ChatCompletionChunk | bytes]:
         """What is told beside the text comes with the first piece of it."""
         told, deltas = self._told(output), self._deltas(output)
-        return [
-            self._chunk(self._delta(output.choice, chunk_delta(delta), **(told if i == 0 else {})))
-            for i, delta in enumerate(deltas or [TextDelta("")] * bool(told))
-        ]
+        pieces = deltas or [TextDelta("")] * bool(told)
+        return [self._of_delta(output.choice, delta, told if i == 0 else {}) for i, delta in enumerate(pieces)]
+
+    def _of_delta(self, choice: int, delta: Delta, told: dict[str, Any]) -> ChatCompletionChunk | bytes:
+        if isinstance(delta, TextDelta) and not told and not self._spec.include_continuous_usage:
+            return self._text_chunks.json(choice, delta.text)
+        return self._chunk(self._delta(choice, chunk_delta(delta), **told))
 
     def pass_over(self, step: Step) -> None:
         """What the text means depends on all of it."""

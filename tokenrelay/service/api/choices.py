@@ -133,6 +133,11 @@ class Choices:
         """What is left of the tenant's limits, if this HTTP request was charged to them."""
         return self._running[-1].allowance
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next step is here."""
+        return len(self._running) == 1 and self._running[0].ready
+
     async def close(self, *, may_return: bool = False) -> None:
         for generation in self._running:
             await self._generations.close(generation, may_return=may_return)

@@ -13,6 +13,7 @@ from tokenrelay.service.api.logprobs import LogprobsFormat, TextOffsets, prompt_
 from tokenrelay.service.api.schemas.completions import Completion, CompletionChoice
 from tokenrelay.service.api.schemas.logprobs import CompletionLogprobs
 from tokenrelay.service.api.sse import ServerSentEvents
+from tokenrelay.service.api.text_chunks import TextChunks
 from tokenrelay.service.terms import AnswerSpec
 
 
@@ -25,15 +26,18 @@ class CompletionFormat(ServerSentEvents):
         self._spec = specs[0]  # for what all prompts have in common
         self._tokenizer = tokenizer
         self._begun: dict[int, _Choice] = {}
+        self._text_chunks = TextChunks(lambda choice, text: self._chunk(self._choice(choice, text=text)))
 
     def opening(self, first: Step) -> list[Completion]:
         return []
 
-    def chunks(self, step: Step) -> list[Completion]:
+    def chunks(self, step: Step) -> list[Completion | bytes]:
         output, at_end = step.output, self._fields.at_the_end(step)
         self._fields.note(output)
-        chunks = []
-        if told := self._told(output):
+        told, chunks = self._told(output), list[Completion | bytes]()
+        if told.keys() == {"text"} and not self._spec.include_continuous_usage:
+            chunks.append(self._text_chunks.json(output.choice, told["text"]))
+        elif told:
             chunks.append(self._chunk(self._choice(output.choice, **told)))
         if output.finish_reason:
             end = self._choice(output.choice, finish_reason=output.finish_reason)

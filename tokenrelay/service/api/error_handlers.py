@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from tokenrelay.service.api.error_shapes import error_body
 from tokenrelay.service.api.event_loop import ClientGone
@@ -18,6 +19,7 @@ from tokenrelay.service.api.request_id import id_headers
 from tokenrelay.service.errors import InvalidRequestError, ServiceError
 
 DEFAULT_RETRY_AFTER = 1.0  # seconds
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 MAX_RETRY_AFTER = 120.0  # openai's client takes a longer wait for none at all
 
 
@@ -66,13 +68,26 @@ async def _failed(request: Request, failure: GenerationFailed) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_allowed(request))
     path = f"{request.method} {request.scope['path'][:200]}"
     message, code = {
         404: (f"There is no route {path}; see /docs.", "not_found"),
         405: (f"{path} is not allowed; see the Allow header.", "method_not_allowed"),
     }.get(error.status_code, (str(error.detail), "invalid_request"))
     refusal = InvalidRequestError(message, code=code)
-    return error_response(refusal, request.scope["path"], status=error.status_code, headers=error.headers)
+    return error_response(refusal, request.scope["path"], status=error.status_code, headers=headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """Of all routes of the path: the router tells of the first one only."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    return [
+        method
+        for method, scope in scopes.items()
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    ]
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:

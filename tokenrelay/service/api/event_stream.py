@@ -22,6 +22,8 @@ from tokenrelay.service.api.event_loop import ClientGone, client_gone, off_loop_
 from tokenrelay.service.api.generation import GenerationFailed, Generations
 from tokenrelay.service.errors import ServiceError
 
+MAX_UNSENT = 64  # frames
+
 log = structlog.get_logger()
 
 
@@ -75,6 +77,7 @@ class EventStream(Response):
         self._done = stream_format.resumed_done if resumed else stream_format.done
         self._interim = interim
         self._opened = choices.cursor.has_begun  # once a step came, whose chunks the client has or gets
+        self._unsent: list[bytes] = []  # frames with more behind them: together they are sent in half the time
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +86,7 @@ class EventStream(Response):
             await self._send(send, self._format.preamble)
             error = await self._stream_until_failure(receive, send)
             ending = self._format.failure(error) if error else b""
-            await send({"type": "http.response.body", "body": ending + self._done, "more_body": False})
+            await self._send(send, b"".join(self._unsent) + ending + self._done, more=False)
         except ClientGone:
             pass
         finally:
@@ -116,9 +119,15 @@ class EventStream(Response):
                     size = step.output.num_entries
                     frames = await off_loop_if_large(size, LARGE_LOGPROBS, partial(self._frames, step, self._opened))
                     self._opened = True
-                    if frames:
-                        await self._send(send, b"".join(frames))
+                    self._unsent += frames
+                    if not self._choices.ready or len(self._unsent) >= MAX_UNSENT:
+                        await self._flush(send)
                 self._opened = True
+
+    async def _flush(self, send: Send) -> None:
+        frames, self._unsent = self._unsent, []
+        if frames:
+            await self._send(send, b"".join(frames))
 
     def _frames(self, step: Step, opened: bool) -> list[bytes]:
         """Every chunk has an id: a client that saw it has seen all before."""
@@ -147,7 +156,7 @@ class EventStream(Response):
             if clock() >= self._last_sent + self._keep_alive_seconds:
                 await self._send(send, self._format.keep_alive)
 
-    async def _send(self, send: Send, body: bytes) -> None:
+    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
         self._last_sent = asyncio.get_running_loop().time()
         if body:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": body, "more_body": more})

@@ -71,6 +71,10 @@ class Generation:
     def __aiter__(self) -> Self:
         return self
 
+    @property
+    def ready(self) -> bool:
+        return self._events.ready
+
     async def __anext__(self) -> tuple[int, Event]:
         index, event = await self._next()
         if event.error:
@@ -96,7 +100,7 @@ class Generation:
 
     async def _next(self) -> tuple[int, Event]:
         try:
-            index, event = await self._deadline.next(self._events)
+            index, event = await (anext(self._events) if self.ready else self._deadline.next(self._events))
         except StopAsyncIteration:
             self.ended = True  # before this reader came
             raise

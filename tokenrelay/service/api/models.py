@@ -5,7 +5,6 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from tokenrelay.service.api.dependencies import Model
-from tokenrelay.service.api.openapi import ERRORS
 from tokenrelay.service.api.schemas.models import ModelCard, ModelList
 
 router = APIRouter(tags=["models"])
@@ -17,7 +16,7 @@ async def list_models(model: Model) -> ModelList:
     return ModelList(data=[model.card])
 
 
-@router.get("/v1/models/{model_id:path}", responses=ERRORS)
+@router.get("/v1/models/{model_id:path}")
 async def retrieve_model(model_id: str, model: Model) -> ModelCard:
     """The model called ``model_id``, which may contain slashes."""
     model.require(model_id)

@@ -17,15 +17,26 @@ from tokenrelay.service.api.answering import answer_id, stream
 from tokenrelay.service.api.choices import Choices
 from tokenrelay.service.api.cursor import Cursor
 from tokenrelay.service.api.dependencies import Api, TenantDep
-from tokenrelay.service.api.openapi import ERRORS
+from tokenrelay.service.api.openapi import Responses, events, header
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.request_status import status_of
+from tokenrelay.service.api.schemas.chat import ChatCompletionChunk
+from tokenrelay.service.api.schemas.completions import Completion
+from tokenrelay.service.api.schemas.errors import ErrorBody
 from tokenrelay.service.api.schemas.requests import Cancellation, RequestStatus
 from tokenrelay.service.api.sse import END
 from tokenrelay.service.errors import InvalidRequestError, NotFoundError
 from tokenrelay.service.queue import CancelOutcome
 
-router = APIRouter(prefix="/v1/requests", tags=["requests"], responses=ERRORS)
+STREAM: Responses = {
+    200: {
+        "description": "The chunks behind the cursor, with ids to resume behind.",
+        "headers": {"X-Response-Id": header("The id of the answer.")},
+        "content": events(ChatCompletionChunk, Completion, ErrorBody),
+    },
+    204: {"description": "There is nothing behind [DONE]; a browser does not connect again."},
+}
+router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
 _RELAY_ID = re.compile(r"(?:[a-z]+[-_])?([0-9a-f]{32})")
 
@@ -39,7 +50,7 @@ async def get_request(id: str, api: Api, tenant: TenantDep) -> RequestStatus:
     return status_of(answer_id(answer, _relay_id(id)), records, logs)
 
 
-@router.get("/{id}/stream", response_class=Response)
+@router.get("/{id}/stream", response_class=Response, responses=STREAM)
 async def resume_stream(
     id: str,
     api: Api,
@@ -59,7 +70,7 @@ async def resume_stream(
 
 
 @router.post("/{id}/cancel")
-@router.delete("/{id}")
+@router.delete("/{id}", name="delete_request")
 async def cancel_request(id: str, api: Api, tenant: TenantDep) -> Cancellation:
     """End the request, wherever it is. Its readers get an error of the code ``cancelled``."""
     answer, request_ids = await api.records.whole(_relay_id(id), tenant.name)

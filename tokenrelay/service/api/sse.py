@@ -24,7 +24,10 @@ class ServerSentEvents:
     done = format_sse_event(data_str="[DONE]")
     resumed_done = format_sse_event(data_str="[DONE]", id=END)
 
-    def frame(self, chunk: BaseModel, at: str) -> bytes:
+    def frame(self, chunk: BaseModel | bytes, at: str) -> bytes:
+        """Of a chunk, or of its JSON."""
+        if isinstance(chunk, bytes):
+            return b"data: %b\nid: %b\n\n" % (chunk, at.encode())
         return format_sse_event(data_str=chunk.model_dump_json(exclude_unset=True), id=at)
 
     def unplaced(self, chunk: BaseModel, name: str | None = None) -> bytes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from tokenrelay.service.api.schemas.not_built import Neutral, asks_for_nothing
 
@@ -27,3 +28,11 @@ class RequestSchema(BaseModel):
                     "unsupported_parameter", "is not supported by this server; leave it out", {"name": name}
                 )
         return {name: value for name, value in fields.items() if name not in cls.not_built}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).setdefault("properties", {})
+        for name, neutral in cls.not_built.items():
+            properties[name] = {"enum": [None, *neutral], "description": "Not built: only values that ask for nothing."}
+        return schema
