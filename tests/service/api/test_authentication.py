@@ -57,7 +57,8 @@ def test_no_route_answers_without_a_key(post: httpx.Client, method: str, path: s
     for headers in ({}, bearer("tr-made-up"), {"x-api-key": "x"}):
         response = post.request(method, path, headers=headers)
         assert response.status_code == 401
-        assert "API key" in response.json()["error"]["message"]  # in the route's own shape
+        error = response.json()["error"]  # in the route's own shape: Ollama's is a text
+        assert "API key" in (error if path.startswith("/api/") else error["message"])
         assert response.headers["www-authenticate"] == "Bearer"
         assert response.headers["x-should-retry"] == "false"
 

@@ -25,7 +25,7 @@ def test_compressed_bodies_are_refused(post: httpx.Client) -> None:
 
 
 def test_routes_and_methods_that_are_not_there(post: httpx.Client) -> None:
-    assert refused(post.post("/v1/embeddings", json={}), 404)["code"] == "not_found"
+    assert refused(post.post("/v1/audio/speech", json={}), 404)["code"] == "not_found"
     refused(post.get("/v1/models/"), 404)
     response = post.get(CHAT)
     assert refused(response, 405)["code"] == "method_not_allowed"

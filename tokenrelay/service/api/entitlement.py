@@ -13,6 +13,8 @@ from tokenrelay.service.tenants import Limits
 def most_tokens(body: GenerationRequest, prompts: Sequence[list[int]], param: str, limits: Limits) -> int:
     """What ``max_tokens`` may be at most. Raises InvalidRequestError if it is more; ``param`` is the prompts'."""
     _require_few(len(prompts), param, limits)
+    if not (limits.max_tokens or limits.tokens_per_minute):
+        return MAX_COUNT
     num_choices, num_prompt_tokens = len(prompts) * body.num_generated, sum(map(len, prompts))
     per_request = limits.max_tokens or MAX_COUNT
     per_minute = limits.tokens_per_minute - num_prompt_tokens if limits.tokens_per_minute else MAX_COUNT
