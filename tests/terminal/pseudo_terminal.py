@@ -62,6 +62,7 @@ class PseudoTerminal:
         """Type a line, and pass over its echo."""
         self.type(f"{line}\r")
         self.read_until(line)
+        self.read_until("\n")
 
     def read_until(self, text: str, seconds: float = 60) -> str:
         """What comes before ``text``, from where the last call ended."""

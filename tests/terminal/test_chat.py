@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from http.client import HTTPResponse
 from typing import Any
 
 import httpx
@@ -14,10 +15,12 @@ from tests.service.running import MODEL, RunningService, wait_until
 from tests.terminal.cutting_proxy import CuttingProxy
 from tests.terminal.fake_server import FakeServer, fake_server
 from tests.terminal.pseudo_terminal import CTRL_C, CTRL_D, PseudoTerminal, environment
+from tokenrelay.terminal.answer import Answer
+from tokenrelay.terminal.server import Server
 
 ANSWER = "Hello there."
 QUESTION = "What is the capital of France?"
-LONG = "Count from one to one thousand, in words."
+LONG = "Write a long story about a dragon."
 
 
 @pytest.fixture
@@ -116,15 +119,40 @@ def test_ctrl_c_cancels_the_answer_on_the_server_and_not_the_chat(service: Runni
         assert terminal.exit_code() == 0
 
 
+def test_even_an_answer_that_has_not_begun_is_cancelled(service: RunningService) -> None:
+    """Ctrl-C comes when the request is sent, and before its name is known."""
+
+    class Interrupted(Server):
+        num_asked = 0
+
+        def open(self, method: str, path: str, *arguments: Any, **options: Any) -> HTTPResponse:
+            response = super().open(method, path, *arguments, **options)
+            if path.endswith("completions"):
+                self.num_asked += 1
+                if self.num_asked == 1:
+                    response.close()
+                    raise KeyboardInterrupt
+            return response
+
+    before, server = num_cancelled(service), Interrupted(service.url)
+    body = {"messages": [{"role": "user", "content": LONG}]}
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Answer(server, server.model(), "/v1/chat/completions", body, print) as answer,
+    ):
+        list(answer)
+    wait_until(lambda: num_cancelled(service) == before + 1, "cancelled on the server")
+
+
 def test_an_answer_goes_on_where_the_connection_broke(service: RunningService) -> None:
-    body = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 24}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": LONG}], "temperature": 0, "max_tokens": 24}
     undisturbed = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=60).json()
     with (
         CuttingProxy(service.port, num_cuts=2, after_bytes=1500) as network,
         PseudoTerminal("chat", "--url", network.url, "--temperature", "0", "--max-tokens", "24") as terminal,
     ):
         terminal.read_until("> ")
-        terminal.enter(QUESTION)
+        terminal.enter(LONG)
         shown = terminal.read_until("> ").replace("(the connection broke; reading on)\r\n", "").replace("\r\n", "\n")
         assert network.num_cuts_left == 0
     assert shown.strip() == undisturbed["choices"][0]["message"]["content"].strip()

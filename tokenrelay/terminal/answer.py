@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
@@ -40,8 +41,9 @@ class Answer:
         own = {"on_disconnect": "continue"} if model.resumes else {}
         self._body = {"model": model.name, "stream": True, **own, **body}
         self._name = ""  # of the request at the server
+        self._key = {"Idempotency-Key": uuid.uuid4().hex} if model.resumes else {}
         self._last_id = "0"
-        self._ended = False
+        self._ended = True  # nothing is asked yet
         self._response: HTTPResponse | None = None
 
     def __enter__(self) -> Self:
@@ -52,18 +54,34 @@ class Answer:
     ) -> None:
         if self._response is not None:
             self._response.close()
-        if not self._ended and self._name:
+        if not self._ended and self._resumes:
             with suppress(TerminalError):
-                self._server.open("POST", f"/v1/requests/{self._name}/cancel", timeout=FAREWELL_SECONDS).close()
+                self._cancel()
 
     def __iter__(self) -> Iterator[Piece]:
-        silence = SILENCE_SECONDS if self._resumes else PATIENCE_SECONDS
-        self._response = self._server.open("POST", self._path, self._body, timeout=silence)
-        self._name = self._response.headers.get("X-Response-Id", "") if self._resumes else ""
+        self._ended = False
+        try:
+            self._response = self._ask()
+        except TerminalError:
+            self._ended = True
+            raise
         yield from self._read(self._response)
         while not self._ended:
             self._response = self._come_back()
             yield from self._read(self._response)
+
+    def _ask(self) -> HTTPResponse:
+        """Asked twice, it is still one request: the key says so."""
+        silence = SILENCE_SECONDS if self._resumes else PATIENCE_SECONDS
+        response = self._server.open("POST", self._path, self._body, headers=self._key, timeout=silence)
+        self._name = response.headers.get("X-Response-Id", "") if self._resumes else ""
+        return response
+
+    def _cancel(self) -> None:
+        """Also a request whose name was not told yet when its client had enough."""
+        if not self._name:
+            self._ask().close()
+        self._server.open("POST", f"/v1/requests/{self._name}/cancel", timeout=FAREWELL_SECONDS).close()
 
     def _read(self, response: HTTPResponse) -> Iterator[Piece]:
         """Until the stream's end, or that of the connection."""

@@ -32,7 +32,7 @@ class Server:
         self._connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._address = parts.hostname, parts.port
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
-        self._headers = {"Content-Type": "application/json", "User-Agent": "tokenrelay-terminal"}
+        self._headers = {"Content-Type": "application/json", "User-Agent": "tokenrelay-terminal", "Connection": "close"}
         self._headers |= {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def model(self, name: str = "") -> Model:
@@ -67,6 +67,9 @@ class Server:
         except (OSError, HTTPException) as error:
             connection.close()
             raise Unreachable(f"no server answers at {self.url} ({error}); start one with: tokenrelay serve") from error
+        except BaseException:
+            connection.close()
+            raise
         return response
 
 
