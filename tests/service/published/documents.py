@@ -29,6 +29,15 @@ MAY_BE_NULL = {  # where OpenAI's document forbids a null that its own servers s
     f"{_TEXT_LOGPROBS}/top_logprobs/items": "with echo, the first token follows nothing",
 }
 
+MAY_BE_LEFT_OUT = {  # what Anthropic's document requires, and is null where a feature of its service is not used
+    "Message": {"stop_details", "container"},
+    "MessageDelta": {"stop_details", "container"},
+    "Usage": {"cache_creation", "inference_geo", "output_tokens_details", "server_tool_use", "service_tier"},
+    "MessageDeltaUsage": {"output_tokens_details", "server_tool_use"},
+    "ResponseTextBlock": {"citations"},
+    "ResponseToolUseBlock": {"caller"},
+}
+
 
 class Document:
     """One vendor's."""
@@ -44,6 +53,8 @@ class Document:
                 _allow_null(schema)
         for pointer in MAY_BE_NULL if vendor == "openai" else ():
             _allow_null(_at(self._schemas, pointer))
+        for name, fields in MAY_BE_LEFT_OUT.items() if vendor == "anthropic" else ():
+            self._schemas[name]["required"] = sorted(set(self._schemas[name]["required"]) - fields)
         content = {"components": {"schemas": self._schemas}}
         self._registry = Registry[Any]().with_resource(vendor, DRAFT202012.create_resource(content))
         self._vendor = vendor

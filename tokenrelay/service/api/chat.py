@@ -18,7 +18,7 @@ from tokenrelay.service.api.schemas.chat import ChatCompletion, ChatCompletionCh
 router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/chat/completions", **documented(ChatCompletionRequest, ChatCompletion, chunk=ChatCompletionChunk))
+@router.post("/v1/chat/completions", **documented(ChatCompletionRequest, ChatCompletion, chunks=[ChatCompletionChunk]))
 async def create_chat_completion(
     request: Request,
     body: Annotated[ChatCompletionRequest, Depends(json_body(ChatCompletionRequest))],

@@ -18,7 +18,7 @@ from tokenrelay.service.api.schemas.completions import Completion, CompletionReq
 router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/completions", **documented(CompletionRequest, Completion, chunk=Completion))
+@router.post("/v1/completions", **documented(CompletionRequest, Completion, chunks=[Completion]))
 async def create_completion(
     request: Request,
     body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -90,15 +90,15 @@ def documented(
     answer: type[BaseModel],
     error: type[BaseModel] = ErrorBody,
     *,
-    chunk: type[BaseModel] | None = None,
     queued: bool = True,
+    chunks: Sequence[type[BaseModel]] = (),
 ) -> dict[str, Any]:
     """The arguments of a route decorator that describe its body, its answer, a stream's chunks and its errors, and the
     headers of queued work."""
     content = {"application/json": {"schema": schema_of(answer, "serialization")}}
-    if chunk:
-        content |= events(chunk, error)
-    description = "The answer, or its chunks with stream=true." if chunk else "The answer."
+    if chunks:
+        content |= events(*chunks, error)
+    description = "The answer, or its chunks with stream=true." if chunks else "The answer."
     return {
         "response_model": None,
         "responses": {
