@@ -50,6 +50,7 @@ def run_worker(
     compiler = GrammarCompiler(tokenizer, vocab_size=engine.vocab_size)
     settings = settings.model_copy(update={"served_model_name": settings.served_model_name or source.name})
     gc.freeze()  # the garbage collector need not walk the libraries and the network again and again
+    gc.enable()
     asyncio.run(_Process(settings, role, metrics_socket, ready_fd).serve(engine, tokenizer, compiler))
 
 
