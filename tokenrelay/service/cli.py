@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import sys
 from typing import Annotated
@@ -85,10 +86,11 @@ def serve(settings: Settings) -> None:
 @with_settings(*_MODEL, *_LIMITS, *_HTTP, *_BROKER)
 def api(settings: Settings, fd: Inherited = -1, ready_fd: Inherited = -1) -> None:
     """Run one API process against `--redis-url`. It needs no torch and no GPU; run as many as you like."""
-    from tokenrelay.service.api.server import run_api
-
     _require_broker(settings)
     logs.configure(settings.log_level, "api")
+    gc.disable()  # until it is ready: what it imports and loads stays
+    from tokenrelay.service.api.server import run_api
+
     run_api(settings, sock=_inherited(fd), ready_fd=ready_fd)
 
 
@@ -104,10 +106,11 @@ def worker(
     ready_fd: Inherited = -1,
 ) -> None:
     """Run one model worker against `--redis-url`: one per GPU, or one per machine on CPUs."""
-    from tokenrelay.service.worker.main import run_worker
-
     _require_broker(settings)
     logs.configure(settings.log_level, "worker")
+    gc.disable()  # until it is ready: what it imports and loads stays
+    from tokenrelay.service.worker.main import run_worker
+
     role = Role(worker_id or new_worker_id(), spare)
     run_worker(settings, role, metrics_socket=_inherited(metrics_fd), ready_fd=ready_fd)
 

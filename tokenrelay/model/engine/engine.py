@@ -110,6 +110,11 @@ class Engine:
         return self.scheduler.eos_token_ids
 
     @property
+    def vocab_size(self) -> int:
+        """The network's, which may be larger than the tokenizer's."""
+        return self.runner.model.config.vocab_size
+
+    @property
     def streaming_context(self) -> int:
         """Tokens that attention sees when sequences may outgrow it (attention sinks); else 0."""
         window = self.scheduler.window

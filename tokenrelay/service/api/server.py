@@ -37,6 +37,7 @@ def run_api(settings: Settings, *, sock: socket.socket | None = None, ready_fd: 
     app = create_app(settings, load_served_model(settings))
     server = DrainingServer(app, settings, on_start=lambda: tell_ready(ready_fd))
     gc.freeze()  # the garbage collector need not walk the libraries and the vocabulary again and again
+    gc.enable()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: sys.exit(0))  # uvicorn raises the signal again after a graceful end
     server.run(sockets=[sock] if sock else None)

@@ -17,7 +17,7 @@ from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.structured.compiler import GrammarCompiler
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.model.transformer.kernels import native
-from tokenrelay.model.weights import ModelSource, read_model_config, resolve
+from tokenrelay.model.weights import ModelSource, resolve
 from tokenrelay.service.broker import connect
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.metrics import WorkerMetrics, new_registry
@@ -47,9 +47,10 @@ def run_worker(
     engine = load_engine(source, settings)
     log.info("model loaded", model=source.name, seconds=round(time.perf_counter() - started, 2))
     tokenizer = Tokenizer.from_source(source)
-    compiler = GrammarCompiler(tokenizer, vocab_size=read_model_config(source).vocab_size)
+    compiler = GrammarCompiler(tokenizer, vocab_size=engine.vocab_size)
     settings = settings.model_copy(update={"served_model_name": settings.served_model_name or source.name})
     gc.freeze()  # the garbage collector need not walk the libraries and the network again and again
+    gc.enable()
     asyncio.run(_Process(settings, role, metrics_socket, ready_fd).serve(engine, tokenizer, compiler))
 
 
