@@ -18,7 +18,7 @@ ItemId = Annotated[str, Field(max_length=MAX_ITEM_ID_CHARACTERS)]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
-class TextPart(RequestSchema):
+class ItemTextPart(RequestSchema):
     type: Literal["input_text", "output_text", "reasoning_text"]
     text: str
     annotations: list[Any] | None = Field(None, description="Of an earlier answer; have no effect here.")
@@ -55,12 +55,12 @@ def chosen(kinds: dict[str, type[Model]], default: str = "") -> BeforeValidator:
 
 
 _PARTS: dict[str, type[RequestSchema]] = {
-    "input_text": TextPart,
-    "output_text": TextPart,
-    "reasoning_text": TextPart,
+    "input_text": ItemTextPart,
+    "output_text": ItemTextPart,
+    "reasoning_text": ItemTextPart,
     "refusal": RefusalPart,
 }
-Part = Annotated[TextPart | RefusalPart, chosen(_PARTS)]
+Part = Annotated[ItemTextPart | RefusalPart, chosen(_PARTS)]
 Content = str | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 

@@ -33,7 +33,7 @@ MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
 
-class FunctionTool(RequestSchema):
+class ResponseFunctionTool(RequestSchema):
     not_built: ClassVar[Neutral] = {"allowed_callers": (), "defer_loading": (False,), "output_schema": ()}
 
     type: Literal["function"]
@@ -48,7 +48,7 @@ class NamedFunction(RequestSchema):
     name: str
 
 
-class AllowedTools(RequestSchema):
+class ResponseAllowedTools(RequestSchema):
     """Only these of the tools, in this mode."""
 
     type: Literal["allowed_tools"]
@@ -87,9 +87,9 @@ class ResponseStreamOptions(RequestSchema):
     not_built: ClassVar[Neutral] = {"include_obfuscation": (False,)}
 
 
-_CHOICES: dict[str, type[RequestSchema]] = {"function": NamedFunction, "allowed_tools": AllowedTools}
-_TOOLS: dict[str, type[RequestSchema]] = {"function": FunctionTool}
-ToolChoice = Literal["none", "auto", "required"] | Annotated[NamedFunction | AllowedTools, chosen(_CHOICES)]
+_CHOICES: dict[str, type[RequestSchema]] = {"function": NamedFunction, "allowed_tools": ResponseAllowedTools}
+_TOOLS: dict[str, type[RequestSchema]] = {"function": ResponseFunctionTool}
+ToolChoice = Literal["none", "auto", "required"] | Annotated[NamedFunction | ResponseAllowedTools, chosen(_CHOICES)]
 
 
 class ResponsesRequest(SamplingFields, RequestSchema):
@@ -105,7 +105,7 @@ class ResponsesRequest(SamplingFields, RequestSchema):
     previous_response_id: str | None = Field(None, description="Go on behind this response's input and output.")
     max_output_tokens: int | None = Field(None, ge=1, description="Most tokens to generate, thoughts included.")
     text: TextFields | None = None
-    tools: list[Annotated[FunctionTool, chosen(_TOOLS)]] | None = None
+    tools: list[Annotated[ResponseFunctionTool, chosen(_TOOLS)]] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = Field(None, description="Default true.")
     reasoning: ReasoningFields | None = None

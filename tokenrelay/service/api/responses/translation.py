@@ -11,9 +11,9 @@ from tokenrelay.service.api.body import validate
 from tokenrelay.service.api.responses.conversation import Item, as_messages
 from tokenrelay.service.api.responses.objects import Echo, Reasoning
 from tokenrelay.service.api.responses.request import (
-    AllowedTools,
-    FunctionTool,
     NamedFunction,
+    ResponseAllowedTools,
+    ResponseFunctionTool,
     ResponsesRequest,
     TextFormat,
     ToolChoice,
@@ -82,14 +82,14 @@ def _response_format(given: TextFormat) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": schema | {k: v for k, v in optional.items() if v is not None}}
 
 
-def _tool(tool: FunctionTool) -> dict[str, Any]:
+def _tool(tool: ResponseFunctionTool) -> dict[str, Any]:
     return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
 
 
 def _tool_choice(choice: ToolChoice | None) -> str | dict[str, Any] | None:
     if isinstance(choice, NamedFunction):
         return _named(choice)
-    if isinstance(choice, AllowedTools):
+    if isinstance(choice, ResponseAllowedTools):
         return {
             "type": choice.type,
             choice.type: {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]},
