@@ -137,7 +137,7 @@ class Choices:
             async for prompt, index, event in events:
                 if event.usage:
                     usages.append(event.usage)
-                usage = _total(usages) if len(usages) == len(self._running) else None
+                usage = total_usage(usages) if len(usages) == len(self._running) else None
                 output = _output(prompt * self._n + event.choice, event, firsts.prompt_logprobs(prompt, event))
                 yield Step(index, output, usage, prompt, await self._timings(usage))
 
@@ -152,7 +152,7 @@ class Choices:
     async def finished(self, n: int) -> Finished:
         """All of it, once it is complete: the ``n`` best choices of each prompt."""
         parts: list[list[Output]] = [[] for _ in range(len(self._running) * self._n)]
-        usage, timings = _total([]), None
+        usage, timings = total_usage([]), None
         async with aclosing(self.steps()) as steps:
             async for step in steps:
                 parts[step.output.choice].append(step.output)
@@ -250,7 +250,8 @@ async def _interleaved(
         await asyncio.gather(*pending, return_exceptions=True)
 
 
-def _total(usages: Sequence[Usage]) -> CompletionUsage:
+def total_usage(usages: Sequence[Usage]) -> CompletionUsage:
+    """Of several prompts together."""
     prompt = sum(usage.prompt_tokens for usage in usages)
     completion = sum(usage.completion_tokens for usage in usages)
     forgotten = max((usage.forgotten_tokens for usage in usages), default=0)

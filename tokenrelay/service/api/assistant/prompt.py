@@ -20,6 +20,8 @@ from tokenrelay.service.errors import UnsupportedParameter
 
 Message = dict[str, Any]
 
+_THINKING = ("enable_thinking", "thinking")
+
 _INSTRUCTIONS = """You can call functions. These are their descriptions, one a line:
 {tools}
 
@@ -47,7 +49,8 @@ def template_arguments(body: ChatCompletionRequest, dialect: Dialect) -> dict[st
 
 
 def _further_arguments(body: ChatCompletionRequest, dialect: Dialect) -> dict[str, Any]:
-    given: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    sent = body.chat_template_kwargs or {}
+    given: dict[str, Any] = {name: value for name, value in sent.items() if not _is_so_anyway(name, value, dialect)}
     for name in given.keys() - dialect.variables:
         raise _unknown(f"chat_template_kwargs.{name[:64]}")
     if body.reasoning_effort is None:
@@ -57,6 +60,12 @@ def _further_arguments(body: ChatCompletionRequest, dialect: Dialect) -> dict[st
     if body.reasoning_effort == "none" and "enable_thinking" in dialect.variables:
         return given | {"enable_thinking": False}
     raise _unknown("reasoning_effort")
+
+
+def _is_so_anyway(name: str, value: Any, dialect: Dialect) -> bool:
+    """A model that does not think need not be told so."""
+    knows = name in dialect.variables or dialect.reasoning_format
+    return name in _THINKING and value is False and not knows
 
 
 def _unknown(param: str) -> UnsupportedParameter:
