@@ -34,9 +34,12 @@ MAY_BE_LEFT_OUT = {  # what Anthropic's document requires, and is null where a f
     "MessageDelta": {"stop_details", "container"},
     "Usage": {"cache_creation", "inference_geo", "output_tokens_details", "server_tool_use", "service_tier"},
     "MessageDeltaUsage": {"output_tokens_details", "server_tool_use"},
+    "ErrorResponse": {"request_id"},  # the header says it
     "ResponseTextBlock": {"citations"},
     "ResponseToolUseBlock": {"caller"},
 }
+
+MORE_STOP_REASONS = ["model_context_window_exceeded"]  # which Anthropic's document knows among its beta schemas only
 
 
 class Document:
@@ -55,6 +58,8 @@ class Document:
             _allow_null(_at(self._schemas, pointer))
         for name, fields in MAY_BE_LEFT_OUT.items() if vendor == "anthropic" else ():
             self._schemas[name]["required"] = sorted(set(self._schemas[name]["required"]) - fields)
+        if vendor == "anthropic":
+            self._schemas["StopReason"]["enum"] += MORE_STOP_REASONS
         content = {"components": {"schemas": self._schemas}}
         self._registry = Registry[Any]().with_resource(vendor, DRAFT202012.create_resource(content))
         self._vendor = vendor

@@ -19,7 +19,7 @@ EVENTS = {  # of streams that the documents do not list
     "/completions": ["CreateCompletionResponse"],
     "/messages": ["MessageStreamEvent"],
     "/responses/": ["ResponseStreamEvent"],
-    "/requests/": ["CreateChatCompletionStreamResponse", "CreateCompletionResponse"],  # our own route
+    "/requests/": ["CreateChatCompletionStreamResponse", "CreateCompletionResponse", "ResponseStreamEvent"],  # our own
 }
 
 
@@ -52,6 +52,10 @@ class Answer:
 
     def _complaints_of(self, value: Any, alternatives: Iterable[str]) -> Iterator[str]:
         complaints = [self._document.complaint(name, value) for name in alternatives]
+        if complaints and self.path.removeprefix("/v1").startswith(
+            "/requests/"
+        ):  # a stream of Anthropic's may be read on there, too
+            complaints += [document("anthropic").complaint(name, value) for name in ("MessageStreamEvent", ERROR)]
         if complaints and all(complaints) and value != PING:
             yield f"{complaints[0]}, in {str(value)[:500]}"
 

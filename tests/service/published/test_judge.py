@@ -38,9 +38,7 @@ def stream(path: str, *events: Any) -> Answer:
         whole("/chat/completions", CHAT | {"choices": [], "our_extension": 1}),
         whole("/v1/chat/completions", {"error": ERROR}, 400),
         whole("/v1/embeddings", {"object": "list", "model": "m", "usage": USAGE, "data": []}),
-        whole(
-            "/v1/messages", {"type": "error", "error": {"type": "api_error", "message": "no"}, "request_id": None}, 500
-        ),
+        whole("/v1/messages", {"type": "error", "error": {"type": "api_error", "message": "no"}}, 500),
         stream("/v1/chat/completions", CHUNK | {"choices": [DELTA], "usage": None}, {"error": ERROR}),
         stream("/v1/completions", TEXT | {"choices": [TEXT_CHOICE], "usage": None}),
         stream("/v1/requests/1/stream", TEXT | {"choices": [TEXT_CHOICE]}, CHUNK | {"choices": [DELTA]}),

@@ -158,5 +158,5 @@ class EventStream(Response):
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
         self._last_sent = asyncio.get_running_loop().time()
-        if body:
+        if body or not more:
             await send({"type": "http.response.body", "body": body, "more_body": more})
