@@ -27,16 +27,28 @@ MAY_BE_NULL = {  # where OpenAI's document forbids a null that its own servers s
     "CreateCompletionResponse/properties/usage": "with include_usage, in every chunk but the last",
     f"{_TEXT_LOGPROBS}/token_logprobs/items": "with echo, the first token follows nothing",
     f"{_TEXT_LOGPROBS}/top_logprobs/items": "with echo, the first token follows nothing",
+    **{
+        f"ModelResponseProperties/properties/{name}": "a response tells all parameters, those too that nobody gave"
+        for name in ("user", "safety_identifier", "prompt_cache_key")
+    },
+    "Response/allOf/2/properties/usage": "of a response that has not ended",
 }
 
-MAY_BE_LEFT_OUT = {  # what Anthropic's document requires, and is null where a feature of its service is not used
-    "Message": {"stop_details", "container"},
-    "MessageDelta": {"stop_details", "container"},
-    "Usage": {"cache_creation", "inference_geo", "output_tokens_details", "server_tool_use", "service_tier"},
-    "MessageDeltaUsage": {"output_tokens_details", "server_tool_use"},
-    "ErrorResponse": {"request_id"},  # the header says it
-    "ResponseTextBlock": {"citations"},
-    "ResponseToolUseBlock": {"caller"},
+MAY_BE_TEXT = {  # where it forbids a text that its servers send
+    "Embedding/properties/embedding": "with encoding_format=base64",
+}
+
+MAY_BE_LEFT_OUT = {
+    "openai": {"CreateEmbeddingResponse": {"usage"}},  # read again as a stream, it comes with the last of several
+    "anthropic": {  # what is null where a feature of its service is not used
+        "Message": {"stop_details", "container"},
+        "MessageDelta": {"stop_details", "container"},
+        "Usage": {"cache_creation", "inference_geo", "output_tokens_details", "server_tool_use", "service_tier"},
+        "MessageDeltaUsage": {"output_tokens_details", "server_tool_use"},
+        "ErrorResponse": {"request_id"},  # the header says it
+        "ResponseTextBlock": {"citations"},
+        "ResponseToolUseBlock": {"caller"},
+    },
 }
 
 MORE_STOP_REASONS = ["model_context_window_exceeded"]  # which Anthropic's document knows among its beta schemas only
@@ -53,10 +65,12 @@ class Document:
         self._schemas: dict[str, Schema] = content["components"]["schemas"]
         for schema in list(_objects(self._schemas)):
             if schema.pop("nullable", False):  # OpenAPI 3.0's word, which 3.1 does not know, and this document uses
-                _allow_null(schema)
+                _allow(schema, "null")
         for pointer in MAY_BE_NULL if vendor == "openai" else ():
-            _allow_null(_at(self._schemas, pointer))
-        for name, fields in MAY_BE_LEFT_OUT.items() if vendor == "anthropic" else ():
+            _allow(_at(self._schemas, pointer), "null")
+        for pointer in MAY_BE_TEXT if vendor == "openai" else ():
+            _allow(_at(self._schemas, pointer), "string")
+        for name, fields in MAY_BE_LEFT_OUT[vendor].items():
             self._schemas[name]["required"] = sorted(set(self._schemas[name]["required"]) - fields)
         if vendor == "anthropic":
             self._schemas["StopReason"]["enum"] += MORE_STOP_REASONS
@@ -94,7 +108,9 @@ class Document:
 
     def _operation(self, method: str, path: str) -> dict[str, Any]:
         found = [template for template in self._paths if method in self._paths[template] and _fits(template, path)]
-        return self._paths[min(found, key=lambda template: template.count("{"))][method] if found else {}
+        return (
+            self._paths[min(found, key=lambda template: (template.count("{"), -len(template)))][method] if found else {}
+        )
 
 
 @cache
@@ -131,7 +147,7 @@ def _at(schemas: Any, pointer: str) -> Schema:
     return found
 
 
-def _allow_null(schema: Schema) -> None:
+def _allow(schema: Schema, type: str) -> None:
     strict = dict(schema)
     schema.clear()
-    schema["anyOf"] = [strict, {"type": "null"}]
+    schema["anyOf"] = [strict, {"type": type}]

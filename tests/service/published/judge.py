@@ -19,7 +19,10 @@ EVENTS = {  # of streams that the documents do not list
     "/completions": ["CreateCompletionResponse"],
     "/messages": ["MessageStreamEvent"],
     "/responses/": ["ResponseStreamEvent"],
-    "/requests/": ["CreateChatCompletionStreamResponse", "CreateCompletionResponse", "ResponseStreamEvent"],  # our own
+    "/requests/": [  # our own, of any route's requests
+        *("CreateChatCompletionStreamResponse", "CreateCompletionResponse"),
+        *("ResponseStreamEvent", "CreateEmbeddingResponse"),
+    ],
 }
 
 
