@@ -29,7 +29,7 @@ BUSY = {
     *("tokenrelay_requests_in_flight", "tokenrelay_num_requests_waiting", "tokenrelay_num_requests_running"),
     *("tokenrelay_engine_num_requests_waiting", "tokenrelay_kv_cache_usage_ratio"),
 }
-ALIVE = ("mailbox:", "worker:", "claim:")  # keys of processes, each with a TTL
+ALIVE = ("mailbox:", "worker:", "claim:", "usage:")  # keys of processes and of days, each with a TTL
 HALF = 10_000
 LEAK = 1024 * HALF  # bytes: what a kilobyte per request of one half would add
 

@@ -109,10 +109,8 @@ def test_a_mistake_is_answered_with_the_field_and_the_remedy(client: openai.Open
 
 
 def test_what_is_not_supported_is_refused_by_name(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="tools") as caught:
-        client.chat.completions.create(
-            model=MODEL, messages=QUESTION, tools=[{"type": "function", "function": {"name": "f"}}]
-        )
+    with pytest.raises(openai.BadRequestError, match="web_search_options") as caught:
+        client.chat.completions.create(model=MODEL, messages=QUESTION, web_search_options={})
     assert caught.value.code == "unsupported_parameter"
 
 

@@ -48,6 +48,7 @@ _QUEUE = (
 _HTTP = (
     *("host", "port", *_QUEUE, "max_body_bytes", "max_n", "max_inputs", "pooling", "keep_alive_seconds"),
     *("request_timeout_seconds", "disconnect_grace_seconds"),
+    *("tool_call_format", "reasoning_format", "response_ttl_seconds", "response_store_mb"),
     *("api_keys_file", "metrics_need_key", "metrics_tenants", "cors_origins", "log_prompts"),
 )
 _ENGINE = (
