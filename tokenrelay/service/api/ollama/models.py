@@ -32,13 +32,13 @@ router = APIRouter(tags=["ollama"])
 
 
 @router.get("/api/version")
-async def version() -> OllamaVersion:
+async def ollama_version() -> OllamaVersion:
     """The version of Ollama's API that is spoken here; this server's own is at /version."""
     return OllamaVersion(version=SPOKEN)
 
 
 @router.get("/api/tags")
-async def list_models(model: Model) -> OllamaModels:
+async def list_tags(model: Model) -> OllamaModels:
     """The one model there is."""
     name, described = _tagged(model.name), model.description
     modified_at = timestamp(described.modified_at)
