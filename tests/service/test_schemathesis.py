@@ -42,14 +42,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> 
 
 def _prepared(document: Any) -> Any:
     """The document, and the one model's name in it, or most requests would be for models that are not there."""
-    for schema in document["components"]["schemas"].values():
-        properties = schema.get("properties", {})
-        if "messages" in properties or "prompt" in properties:
-            properties["model"] = {"const": MODEL}
-            properties.pop("timeout", None)
     for operation in (operation for path in document["paths"].values() for operation in path.values()):
         operation["parameters"] = [p for p in operation["parameters"] if p.get("name") not in DEADLINES]
+        if "requestBody" in operation:
+            name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            _prepare_body(document["components"]["schemas"][name])
     return document
+
+
+def _prepare_body(schema: Any) -> None:
+    properties = schema["properties"]
+    if "model" in properties:
+        properties["model"] = {"enum": [MODEL] if "model" in schema.get("required", ()) else [MODEL, None]}
+    properties.pop("timeout", None)
 
 
 def find_nothing(url: str, folder: Path, *options: str) -> int:
