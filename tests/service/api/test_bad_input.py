@@ -123,6 +123,7 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "dynatemp_exponent 0": ({"dynatemp_exponent": 0}, "dynatemp_exponent"),
     "mirostat 1": ({"mirostat": 1}, "mirostat"),
     "mirostat as bool": ({"mirostat": True}, "mirostat"),
+    "mirostat as false": ({"mirostat": False}, "mirostat"),
     "mirostat_tau 0": ({"mirostat": 2, "mirostat_tau": 0}, "mirostat_tau"),
     "mirostat_eta above 1": ({"mirostat_eta": 1.1}, "mirostat_eta"),
     "best_of below n": ({"n": 3, "best_of": 2}, "best_of"),

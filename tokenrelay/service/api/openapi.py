@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -63,6 +63,11 @@ def events(*data: type[BaseModel]) -> dict[str, Any]:
     return {"text/event-stream": {"schema": event}}
 
 
+def lines(*data: type[BaseModel]) -> dict[str, Any]:
+    """The same of a stream that is lines of JSON: the schema is that of each line."""
+    return {"application/x-ndjson": {"schema": {"anyOf": [schema_of(model, "serialization") for model in data]}}}
+
+
 def _kinds(kind: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:
     yield kind
     for narrower in kind.__subclasses__():
@@ -92,12 +97,13 @@ def documented(
     *,
     queued: bool = True,
     chunks: Sequence[type[BaseModel]] = (),
+    stream: Callable[..., dict[str, Any]] = events,
 ) -> dict[str, Any]:
     """The arguments of a route decorator that describe its body, its answer, a stream's chunks and its errors, and the
     headers of queued work."""
     content = {"application/json": {"schema": schema_of(answer, "serialization")}}
     if chunks:
-        content |= events(*chunks, error)
+        content |= stream(*chunks, error)
     description = "The answer, or its chunks with stream=true." if chunks else "The answer."
     return {
         "response_model": None,

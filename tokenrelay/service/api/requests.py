@@ -14,25 +14,35 @@ from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
 
 from tokenrelay.service.api.answering import answer_id, stream
+from tokenrelay.service.api.anthropic.errors import AnthropicErrorBody
+from tokenrelay.service.api.anthropic.message import MESSAGE_EVENTS
 from tokenrelay.service.api.choices import Choices
 from tokenrelay.service.api.cursor import Cursor
 from tokenrelay.service.api.dependencies import Api, TenantDep
-from tokenrelay.service.api.openapi import Responses, events, header
+from tokenrelay.service.api.ollama.answer import OllamaChatAnswer, OllamaGenerateAnswer
+from tokenrelay.service.api.ollama.errors import OllamaErrorBody
+from tokenrelay.service.api.openapi import Responses, events, header, lines
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.request_status import status_of
+from tokenrelay.service.api.responses.events import RESPONSE_EVENTS
 from tokenrelay.service.api.schemas.chat import ChatCompletionChunk
 from tokenrelay.service.api.schemas.completions import Completion
+from tokenrelay.service.api.schemas.embeddings import EmbeddingList
 from tokenrelay.service.api.schemas.errors import ErrorBody
 from tokenrelay.service.api.schemas.requests import Cancellation, RequestStatus
 from tokenrelay.service.api.sse import END
 from tokenrelay.service.errors import InvalidRequestError, NotFoundError
 from tokenrelay.service.queue import CancelOutcome
 
+ERROR_BODIES = (ErrorBody, AnthropicErrorBody)
 STREAM: Responses = {
     200: {
-        "description": "The chunks behind the cursor, with ids to resume behind.",
+        "description": "The chunks behind the cursor, as the request's route writes them; with ids, where it can.",
         "headers": {"X-Response-Id": header("The id of the answer.")},
-        "content": events(ChatCompletionChunk, Completion, ErrorBody),
+        "content": {
+            **events(ChatCompletionChunk, Completion, EmbeddingList, *MESSAGE_EVENTS, *RESPONSE_EVENTS, *ERROR_BODIES),
+            **lines(OllamaChatAnswer, OllamaGenerateAnswer, OllamaErrorBody),
+        },
     },
     204: {"description": "There is nothing behind [DONE]; a browser does not connect again."},
 }

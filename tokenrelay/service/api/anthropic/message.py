@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 
@@ -110,4 +110,11 @@ class MessageStop(BaseModel):
     type: Literal["message_stop"]
 
 
+class Ping(BaseModel):
+    """While nothing else comes."""
+
+    type: Literal["ping"]
+
+
 MessageEvent = MessageStart | ContentBlockStart | ContentBlockDelta | ContentBlockStop | MessageDeltaEvent | MessageStop
+MESSAGE_EVENTS: tuple[type[BaseModel], ...] = (*get_args(MessageEvent), Ping)

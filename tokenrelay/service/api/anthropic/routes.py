@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
@@ -10,7 +10,7 @@ from starlette.responses import Response
 from tokenrelay.service.api.answer_specs import Wording
 from tokenrelay.service.api.answering import answer
 from tokenrelay.service.api.anthropic.errors import AnthropicErrorBody
-from tokenrelay.service.api.anthropic.message import AnthropicMessage, InputTokens, MessageEvent
+from tokenrelay.service.api.anthropic.message import MESSAGE_EVENTS, AnthropicMessage, InputTokens
 from tokenrelay.service.api.anthropic.request import CountTokensRequest, MessagesRequest
 from tokenrelay.service.api.anthropic.translation import WORDS, as_chat, as_prompt
 from tokenrelay.service.api.body import json_body
@@ -22,9 +22,7 @@ from tokenrelay.service.api.room import require_room
 router = APIRouter(tags=["anthropic"])
 
 
-@router.post(
-    "/v1/messages", **documented(MessagesRequest, AnthropicMessage, AnthropicErrorBody, chunks=get_args(MessageEvent))
-)
+@router.post("/v1/messages", **documented(MessagesRequest, AnthropicMessage, AnthropicErrorBody, chunks=MESSAGE_EVENTS))
 async def create_message(
     request: Request,
     body: Annotated[MessagesRequest, Depends(json_body(MessagesRequest))],

@@ -18,7 +18,7 @@ from tokenrelay.service.api.ollama.errors import OllamaErrorBody
 from tokenrelay.service.api.ollama.ollama_format import timestamp
 from tokenrelay.service.api.ollama.request import OllamaChatRequest, OllamaGenerateRequest
 from tokenrelay.service.api.ollama.translation import WORDS, chat_of, generation_of, named, raw_of
-from tokenrelay.service.api.openapi import documented
+from tokenrelay.service.api.openapi import documented, lines
 from tokenrelay.service.api.rewording import told_in
 from tokenrelay.service.api.room import require_room
 from tokenrelay.service.api.served_model import ServedModel
@@ -29,7 +29,10 @@ from tokenrelay.service.terms import Route
 router = APIRouter(tags=["ollama"])
 
 
-@router.post("/api/chat", **documented(OllamaChatRequest, OllamaChatAnswer, OllamaErrorBody))
+@router.post(
+    "/api/chat",
+    **documented(OllamaChatRequest, OllamaChatAnswer, OllamaErrorBody, chunks=[OllamaChatAnswer], stream=lines),
+)
 async def chat(
     request: Request,
     body: Annotated[OllamaChatRequest, Depends(json_body(OllamaChatRequest))],
@@ -48,7 +51,12 @@ async def chat(
     return await _answer(request, given, submissions, "ollama_chat", body.model)
 
 
-@router.post("/api/generate", **documented(OllamaGenerateRequest, OllamaGenerateAnswer, OllamaErrorBody))
+@router.post(
+    "/api/generate",
+    **documented(
+        OllamaGenerateRequest, OllamaGenerateAnswer, OllamaErrorBody, chunks=[OllamaGenerateAnswer], stream=lines
+    ),
+)
 async def generate(
     request: Request,
     body: Annotated[OllamaGenerateRequest, Depends(json_body(OllamaGenerateRequest))],

@@ -95,3 +95,17 @@ class ErrorEvent(StreamEvent):
     code: str
     message: str
     param: str | None = None
+
+
+RESPONSE_EVENTS: tuple[type[StreamEvent], ...] = (
+    StateEvent,
+    ItemEvent,
+    PartEvent,
+    TextDeltaEvent,
+    TextDoneEvent,
+    ReasoningDeltaEvent,
+    ReasoningDoneEvent,
+    ArgumentsDeltaEvent,
+    ArgumentsDoneEvent,
+    ErrorEvent,
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from tokenrelay.model.sampling_params import MAX_LOGPROBS, MAX_SEED
@@ -92,6 +92,9 @@ _TOOLS: dict[str, type[RequestSchema]] = {"function": ResponseFunctionTool}
 ToolChoice = Literal["none", "auto", "required"] | Annotated[NamedFunction | ResponseAllowedTools, chosen(_CHOICES)]
 
 
+_ONLY_LOGPROBS: dict[str, JsonValue] = {"items": {"const": LOGPROBS}}  # the validator below says so in better words
+
+
 class ResponsesRequest(SamplingFields, RequestSchema):
     """Beside OpenAI's parameters, those of this server that say how the next token is chosen."""
 
@@ -109,7 +112,7 @@ class ResponsesRequest(SamplingFields, RequestSchema):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = Field(None, description="Default true.")
     reasoning: ReasoningFields | None = None
-    include: Annotated[list[str], Field(max_length=16)] | None = Field(
+    include: Annotated[list[str], Field(max_length=16, json_schema_extra=_ONLY_LOGPROBS)] | None = Field(
         None, description=f'["{LOGPROBS}"]: tell how likely the tokens are.'
     )
     top_logprobs: int | None = Field(

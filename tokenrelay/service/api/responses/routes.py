@@ -16,11 +16,12 @@ from tokenrelay.service.api.choices import Choices
 from tokenrelay.service.api.cursor import Cursor
 from tokenrelay.service.api.dependencies import Api, RelayId, TenantDep
 from tokenrelay.service.api.generation import FAREWELL_SECONDS
-from tokenrelay.service.api.openapi import ERRORS, documented
+from tokenrelay.service.api.openapi import ERRORS, Responses, documented, events, header
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.responses.conversation import relay_id_of_response
 from tokenrelay.service.api.responses.creation import JSON, create, stream
 from tokenrelay.service.api.responses.event_sequence import PREFIX
+from tokenrelay.service.api.responses.events import RESPONSE_EVENTS
 from tokenrelay.service.api.responses.objects import ItemList, Response, ResponseDeleted
 from tokenrelay.service.api.responses.request import ResponsesRequest
 from tokenrelay.service.api.responses.store import StoredResponse, unknown_response
@@ -29,6 +30,13 @@ from tokenrelay.service.errors import InvalidRequestError, NotFoundError
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
 MAX_LISTED = 100
+READ: Responses = {
+    200: {
+        "description": "The response, or its events with stream=true.",
+        "headers": {"X-Response-Id": header("The id of the answer, told with its events.")},
+        "content": events(*RESPONSE_EVENTS),
+    }
+}
 
 
 async def _relay_id(id: str) -> str:
@@ -48,7 +56,7 @@ async def _stored(api: Api, relay_id: Addressed, tenant: TenantDep) -> StoredRes
 Stored = Annotated[StoredResponse, Depends(_stored)]
 
 
-@router.post("", **documented(ResponsesRequest, Response))
+@router.post("", **documented(ResponsesRequest, Response, chunks=RESPONSE_EVENTS))
 async def create_response(
     request: Request,
     body: Annotated[ResponsesRequest, Depends(json_body(ResponsesRequest))],
@@ -60,7 +68,7 @@ async def create_response(
     return await create(request, body, tenant, relay_id)
 
 
-@router.get("/{id}", response_model=Response, responses=ERRORS)
+@router.get("/{id}", response_model=Response, responses=ERRORS | READ)
 async def get_response(
     api: Api,
     relay_id: Addressed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -24,6 +24,7 @@ def _not_too_many(biases: Any) -> Any:
     return biases
 
 
+_ONLY_SO_MANY_KEYS = Field(json_schema_extra={"additionalProperties": False, "maxProperties": MAX_BIASED_TOKENS})
 TokenIdKey = Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARACTERS)]
@@ -43,7 +44,9 @@ class SamplingFields(BaseModel):
     xtc_threshold: float | None = Field(None, ge=0, le=1, description="Default 0.1.")
     dynatemp_range: float | None = Field(None, ge=0, le=100, description="Default 0: off.")
     dynatemp_exponent: float | None = Field(None, gt=0, le=100, description="Default 1.")
-    mirostat: Literal[0, 2] | None = Field(None, description="2: Mirostat 2.0, instead of truncations. Default 0: off.")
+    mirostat: int | None = Field(  # a Literal would take false for 0
+        None, ge=0, le=2, multiple_of=2, description="2: Mirostat 2.0, instead of truncations. Default 0: off."
+    )
     mirostat_tau: float | None = Field(None, gt=0, le=100, description="Surprise to aim at, in bits. Default 5.")
     mirostat_eta: float | None = Field(None, ge=0, le=1, description="How fast the aim is corrected. Default 0.1.")
     repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="Over all tokens. Default 1: off.")
@@ -57,7 +60,7 @@ class SamplingFields(BaseModel):
     dry_sequence_breakers: Annotated[list[Breaker], Field(max_length=MAX_BREAKERS, fail_fast=True)] | None = Field(
         None, description='Strings or token ids at which repeats end. Default "\\n", ":", "\\"" and "*".'
     )
-    logit_bias: Annotated[dict[TokenIdKey, Bias], BeforeValidator(_not_too_many)] | None = Field(
+    logit_bias: Annotated[dict[TokenIdKey, Bias], BeforeValidator(_not_too_many), _ONLY_SO_MANY_KEYS] | None = Field(
         None, description="From token id to what is added to its logit."
     )
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = Field(
