@@ -27,8 +27,9 @@ def service(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Ite
 
 
 @pytest.fixture
-def client(service: RunningService) -> openai.OpenAI:
-    return service.client()
+def client(service: RunningService) -> Iterator[openai.OpenAI]:
+    with service.client() as client:
+        yield client
 
 
 def pytest_collection_finish() -> None:
