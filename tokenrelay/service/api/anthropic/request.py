@@ -12,6 +12,7 @@ from tokenrelay.service.api.schemas.messages import MAX_PARTS
 from tokenrelay.service.api.schemas.not_built import Neutral
 from tokenrelay.service.api.schemas.request import MAX_STOP_STRINGS, StopString
 from tokenrelay.service.api.schemas.request_schema import RequestSchema
+from tokenrelay.service.api.schemas.sampling import PositiveProbability, Temperature, TopK
 from tokenrelay.service.api.schemas.tools import MAX_TOOLS
 
 _NO_EFFECT = "Has no effect: equal beginnings of prompts are always cached, and cost nothing."
@@ -161,9 +162,9 @@ class CountTokensRequest(RequestSchema):
 class MessagesRequest(CountTokensRequest):
     max_tokens: int = Field(ge=1, description="Most tokens to generate; where less room is left, so much.")
     stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_k: int | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: PositiveProbability | None = None
     stream: bool | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = Field(None, description="There is one tier.")

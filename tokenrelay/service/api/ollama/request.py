@@ -6,10 +6,21 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from tokenrelay.model.sampling_params import MAX_LOGPROBS, MAX_SEED
 from tokenrelay.service.api.schemas.chat import MAX_MESSAGES
 from tokenrelay.service.api.schemas.not_built import Neutral
 from tokenrelay.service.api.schemas.request import MAX_STOP_STRINGS, StopString
 from tokenrelay.service.api.schemas.request_schema import RequestSchema
+from tokenrelay.service.api.schemas.sampling import (
+    AdditivePenalty,
+    Mirostat,
+    MirostatTau,
+    PositiveProbability,
+    Probability,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+)
 from tokenrelay.service.api.schemas.tools import MAX_CALLS, MAX_TOOLS
 
 
@@ -33,21 +44,21 @@ class OllamaOptions(RequestSchema):
         "embedding_only": (False,),
     }
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    seed: int | None = Field(None, ge=-1, description="-1: random.")
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: PositiveProbability | None = None
+    min_p: Probability | None = None
+    typical_p: PositiveProbability | None = None
+    seed: int | None = Field(None, ge=-1, le=MAX_SEED, description="-1: random.")
     num_predict: int | None = Field(None, ge=-2, description="Most tokens to generate; below 0: as many as fit.")
     num_ctx: int | None = Field(None, ge=1, description="May not be above what is served.")
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
-    repeat_penalty: float | None = Field(None, description="Over all tokens, as with repeat_last_n -1.")
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    mirostat: int | None = None
-    mirostat_tau: float | None = None
-    mirostat_eta: float | None = None
+    repeat_penalty: RepetitionPenalty | None = Field(None, description="Over all tokens, as with repeat_last_n -1.")
+    presence_penalty: AdditivePenalty | None = None
+    frequency_penalty: AdditivePenalty | None = None
+    mirostat: Mirostat | None = None
+    mirostat_tau: MirostatTau | None = None
+    mirostat_eta: Probability | None = None
 
 
 class _Generation(RequestSchema):
@@ -58,7 +69,7 @@ class _Generation(RequestSchema):
     think: bool | Literal["low", "medium", "high"] | None = None
     keep_alive: float | str | None = Field(None, description="Has no effect: the model stays loaded.")
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
 
 class CalledFunctionParam(RequestSchema):

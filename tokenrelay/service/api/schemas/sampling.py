@@ -31,28 +31,36 @@ BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARACTERS)
 Breaker = Annotated[str, Field(min_length=1, max_length=MAX_BREAKER_CHARACTERS)] | int
 
 
+Temperature = Annotated[float, Field(ge=0, le=100)]
+TopK = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+PositiveProbability = Annotated[float, Field(gt=0, le=1)]
+RepetitionPenalty = Annotated[float, Field(ge=0.01, le=100)]
+AdditivePenalty = Annotated[float, Field(ge=-2, le=2)]
+Mirostat = Annotated[int, Field(ge=0, le=2, multiple_of=2)]  # a Literal would take false for 0
+MirostatTau = Annotated[float, Field(gt=0, le=100)]
+
+
 class SamplingFields(BaseModel):
     """Each may be left out or null; then it changes nothing."""
 
-    temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy. Default 1.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Default 1: off.")
-    top_k: int | None = Field(None, ge=0, le=MAX_COUNT, description="Default 0: off.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Default 0: off.")
-    typical_p: float | None = Field(None, gt=0, le=1, description="Default 1: off.")
+    temperature: Temperature | None = Field(None, description="0 is greedy. Default 1.")
+    top_p: PositiveProbability | None = Field(None, description="Default 1: off.")
+    top_k: TopK | None = Field(None, description="Default 0: off.")
+    min_p: Probability | None = Field(None, description="Default 0: off.")
+    typical_p: PositiveProbability | None = Field(None, description="Default 1: off.")
     top_n_sigma: float | None = Field(None, ge=-1, le=100, description="Default 0: off, as are negative numbers.")
-    xtc_probability: float | None = Field(None, ge=0, le=1, description="Default 0: off.")
-    xtc_threshold: float | None = Field(None, ge=0, le=1, description="Default 0.1.")
+    xtc_probability: Probability | None = Field(None, description="Default 0: off.")
+    xtc_threshold: Probability | None = Field(None, description="Default 0.1.")
     dynatemp_range: float | None = Field(None, ge=0, le=100, description="Default 0: off.")
     dynatemp_exponent: float | None = Field(None, gt=0, le=100, description="Default 1.")
-    mirostat: int | None = Field(  # a Literal would take false for 0
-        None, ge=0, le=2, multiple_of=2, description="2: Mirostat 2.0, instead of truncations. Default 0: off."
-    )
-    mirostat_tau: float | None = Field(None, gt=0, le=100, description="Surprise to aim at, in bits. Default 5.")
-    mirostat_eta: float | None = Field(None, ge=0, le=1, description="How fast the aim is corrected. Default 0.1.")
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="Over all tokens. Default 1: off.")
-    repeat_penalty: float | None = Field(None, ge=0.01, le=100, description="llama.cpp's name of repetition_penalty.")
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Over the output. Default 0: off.")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Over the output. Default 0: off.")
+    mirostat: Mirostat | None = Field(None, description="2: Mirostat 2.0, instead of truncations. Default 0: off.")
+    mirostat_tau: MirostatTau | None = Field(None, description="Surprise to aim at, in bits. Default 5.")
+    mirostat_eta: Probability | None = Field(None, description="How fast the aim is corrected. Default 0.1.")
+    repetition_penalty: RepetitionPenalty | None = Field(None, description="Over all tokens. Default 1: off.")
+    repeat_penalty: RepetitionPenalty | None = Field(None, description="llama.cpp's name of repetition_penalty.")
+    presence_penalty: AdditivePenalty | None = Field(None, description="Over the output. Default 0: off.")
+    frequency_penalty: AdditivePenalty | None = Field(None, description="Over the output. Default 0: off.")
     dry_multiplier: float | None = Field(None, ge=0, le=100, description="Default 0: off.")
     dry_base: float | None = Field(None, ge=1, le=100, description="Default 1.75.")
     dry_allowed_length: int | None = Field(None, ge=0, le=MAX_COUNT, description="Default 2.")
