@@ -84,9 +84,12 @@ def ask(client: openai.OpenAI, max_tokens: int, prompt: str = "The history of br
 @pytest.mark.long
 def test_poison_among_good_requests(tmp_path: Path, tiny_model: Path) -> None:
     options: dict[str, str | int] = {"model": str(tiny_model), "served_model_name": MODEL, "kv_cache_mb": 64}
-    with RunningService(tmp_path, spare_workers=1, **options) as service, ThreadPoolExecutor(NUM_GOOD + 1) as pool:
+    with (
+        RunningService(tmp_path, spare_workers=1, **options) as service,
+        ThreadPoolExecutor(NUM_GOOD + 1) as pool,
+        service.client() as client,
+    ):
         url = url_of_running(tmp_path / "data")
-        client = service.client()
         expected = ask(client, 200)
         with executioner(service, url) as watching:
             good: list[Future[str]] = [pool.submit(ask, client, 200) for _ in range(NUM_GOOD // 2)]
