@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 NATIVE := $(wildcard tokenrelay/model/transformer/kernels/cpp/*)
 
-.PHONY: serve test test-long lint types bench bench-kernels clean
+.PHONY: serve test test-long long lint types bench bench-kernels clean
 
 serve: $(VENV)/.installed ## start everything on this machine; SERVE="--port 9000" passes options
 	$(BIN)/tokenrelay serve $(SERVE)
@@ -12,7 +12,10 @@ serve: $(VENV)/.installed ## start everything on this machine; SERVE="--port 900
 test: lint types ## lint, types and the default suite
 	$(BIN)/python -m pytest
 
-test-long: $(VENV)/.installed-clients ## chaos and fuzz runs of many minutes
+test-long: ## chaos and fuzz runs of many minutes, and heavy clients: their pins want an environment of their own
+	$(MAKE) VENV=$(VENV)-long long
+
+long: $(VENV)/.installed-clients
 	$(BIN)/python -m pytest -m long --timeout 3600
 
 lint: $(VENV)/.installed-dev
@@ -42,4 +45,4 @@ $(VENV)/.installed-clients: $(VENV)/.installed-dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-long build *.egg-info

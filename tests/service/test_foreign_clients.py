@@ -16,6 +16,7 @@ from tests.service.running import MODEL, RunningService, wait_until
 
 QUESTION: Any = {"role": "user", "content": "What is the weather in Paris?"}
 SCHEMA: Any = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
+CLOSED: Any = {**SCHEMA, "additionalProperties": False}
 WEATHER: Any = {"name": "weather", "description": "Tells the weather.", "input_schema": SCHEMA}
 GREEDY: Any = {"temperature": 0, "top_k": 1}
 
@@ -70,6 +71,13 @@ class TestAnthropic:
         assert answer.stop_reason in ("end_turn", "max_tokens")
         assert answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0) > 0
 
+    def test_an_answer_keeps_to_a_schema(self, claude: Anthropic) -> None:
+        config: Any = {"format": {"type": "json_schema", "schema": CLOSED}}
+        message = claude.messages.create(
+            model=MODEL, max_tokens=99, messages=[QUESTION], output_config=config, extra_body=GREEDY
+        )
+        assert list(json.loads(message.content[0].to_dict()["text"])) == ["city"]
+
     def test_a_prefilled_answer_is_continued(self, claude: Anthropic) -> None:
         turns: Any = [{"role": "user", "content": "Count to ten."}, {"role": "assistant", "content": "1, 2, 3,"}]
         message = claude.messages.create(model=MODEL, max_tokens=6, messages=turns, extra_body=GREEDY)
@@ -105,8 +113,7 @@ class TestOllama:
         assert (whole.total_duration or 0) >= (whole.eval_duration or 0) > 0
 
     def test_an_answer_keeps_to_a_schema(self, llama: ollama.Client) -> None:
-        closed = {**SCHEMA, "additionalProperties": False}
-        answer = llama.chat(MODEL, [QUESTION], format=closed, options={"temperature": 0, "num_predict": 99})
+        answer = llama.chat(MODEL, [QUESTION], format=CLOSED, options={"temperature": 0, "num_predict": 99})
         assert list(json.loads(answer.message.content or "")) == ["city"]
 
     def test_tools_are_offered_and_their_results_read(self, llama: ollama.Client) -> None:
