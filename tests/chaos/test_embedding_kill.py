@@ -9,6 +9,7 @@ import pytest
 
 from tests.service.running import MODEL, RunningService, wait_until
 
+MAX_TRIES = 6  # what the metrics tell is up to a second old
 INPUTS = [[(7 * i + 3 * j) % 2000 + 3 for j in range(100 + 4 * i)] for i in range(100)]
 
 
@@ -18,16 +19,21 @@ def test_a_killed_workers_embeddings_are_computed_by_the_next(tiny_service: Runn
     with httpx.Client(base_url=tiny_service.url, timeout=120) as http, ThreadPoolExecutor(1) as threads:
         undisturbed = http.post("/v1/embeddings", json=body).json()
         assert len(undisturbed["data"]) == len(INPUTS)
-        disturbed = threads.submit(http.post, "/v1/embeddings", json=body)
-        wait_until(lambda: 0 < in_broker(tiny_service, "running") < len(INPUTS), "some are being computed")
-        tiny_service.kill("worker")
-        answer = disturbed.result()
-        assert answer.json() == undisturbed
-        status = http.get(f"/v1/requests/{answer.headers['x-response-id']}").json()
-    assert status["attempts"] >= 2
-    wait_until(
-        lambda: len(tiny_service.children("spare")) == 1 == len(tiny_service.children("worker")), "as before", 60
-    )
+        for _ in range(MAX_TRIES):
+            disturbed = threads.submit(http.post, "/v1/embeddings", json=body)
+            wait_until(lambda: 0 < in_broker(tiny_service, "running") < len(INPUTS), "some are being computed")
+            tiny_service.kill("worker")
+            answer = disturbed.result()
+            assert answer.json() == undisturbed
+            status = http.get(f"/v1/requests/{answer.headers['x-response-id']}").json()
+            wait_until(lambda: has_all_workers(tiny_service), "as before", 60)
+            if status["attempts"] > 1:
+                return
+    raise AssertionError("the kill came too late every time")
+
+
+def has_all_workers(service: RunningService) -> bool:
+    return len(service.children("spare")) == 1 == len(service.children("worker"))
 
 
 def in_broker(service: RunningService, state: str) -> float:

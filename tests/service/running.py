@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -36,17 +37,27 @@ def wait_until(condition: Callable[[], T], what: str, seconds: float = 30.0) -> 
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
+def free_ports(count: int) -> int:
+    """The first of so many in a row. Below those that Linux gives to connections, which come and go meanwhile."""
+    while True:
+        first = random.randrange(20_000, 32_000)
+        with suppress(OSError), ExitStack() as bound:
+            for port in range(first, first + count):
+                bound.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    return free_ports(1)
 
 
 class RunningService:
     """Starts on entry, drains on exit. Options are those of ``tokenrelay serve``."""
 
     def __init__(self, folder: Path, **options: str | int | float) -> None:
-        self.port, self.worker_port = free_port(), free_port()
+        num_workers = int(options.get("workers", 1)) + int(options.get("spare_workers", 0))
+        self.port = free_ports(1 + num_workers)
+        self.worker_port = self.port + 1
         self.url = f"http://127.0.0.1:{self.port}"
         self._log, self._data = folder / "serve.log", folder / "data"
         own: dict[str, str | int | float] = {
@@ -54,7 +65,6 @@ class RunningService:
             "worker_metrics_port": self.worker_port,
             "data_dir": str(self._data),
         }
-        num_workers = int(options.get("workers", 1)) + int(options.get("spare_workers", 0))
         self._ports = [self.port, *range(self.worker_port, self.worker_port + num_workers)]
         self._command = [sys.executable, "-m", "tokenrelay", "serve", *_flags(own | options)]
         self.process: subprocess.Popen[bytes]
