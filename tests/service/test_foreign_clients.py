@@ -73,10 +73,10 @@ class TestAnthropic:
 
     def test_an_answer_keeps_to_a_schema(self, claude: Anthropic) -> None:
         config: Any = {"format": {"type": "json_schema", "schema": CLOSED}}
-        message = claude.messages.create(
-            model=MODEL, max_tokens=99, messages=[QUESTION], output_config=config, extra_body=GREEDY
-        )
-        assert list(json.loads(message.content[0].to_dict()["text"])) == ["city"]
+        asked: Any = {"model": MODEL, "max_tokens": 99, "messages": [QUESTION], "extra_body": GREEDY}
+        [block] = claude.messages.create(**asked, output_config=config).content
+        assert block.type == "text"
+        assert list(json.loads(block.text)) == ["city"]
 
     def test_a_prefilled_answer_is_continued(self, claude: Anthropic) -> None:
         turns: Any = [{"role": "user", "content": "Count to ten."}, {"role": "assistant", "content": "1, 2, 3,"}]
