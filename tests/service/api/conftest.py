@@ -40,6 +40,19 @@ def running_server(api_settings: Settings, served_model: ServedModel) -> Iterato
         yield server
 
 
+@pytest.fixture(scope="module")
+def other_server(api_settings: Settings, served_model: ServedModel) -> Iterator[Server]:
+    """A second API process's application, at the same broker."""
+    with serving(api_settings, served_model) as server:
+        yield server
+
+
+@pytest.fixture
+async def other(other_server: Server) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=other_server.base_url, timeout=20) as http:
+        yield http
+
+
 @pytest.fixture
 def server(running_server: Server) -> Iterator[Server]:
     yield running_server

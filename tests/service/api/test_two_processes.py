@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 
 import httpx
-import pytest
 
 from tests.service.api.conftest import ended, in_flight
 from tests.service.api.serving import Server, serving, words, working
@@ -17,18 +15,6 @@ from tests.service.api.test_resume import CHAT, chunks_of, resumed, streamed, te
 from tokenrelay.service.api.process import FAREWELL_SECONDS
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.settings import Settings
-
-
-@pytest.fixture(scope="module")
-def other_server(api_settings: Settings, served_model: ServedModel) -> Iterator[Server]:
-    with serving(api_settings, served_model) as server:
-        yield server
-
-
-@pytest.fixture
-async def other(other_server: Server) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=other_server.base_url, timeout=20) as http:
-        yield http
 
 
 async def test_a_stream_goes_on_at_the_other(server: Server, http: httpx.AsyncClient, other: httpx.AsyncClient) -> None:

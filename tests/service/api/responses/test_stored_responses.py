@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,6 @@ from tokenrelay.service.settings import Settings
 
 Fields = dict[str, Any]
 PATHS = [("GET", ""), ("GET", "?stream=true"), ("POST", "/cancel"), ("DELETE", ""), ("GET", "/input_items")]
-
-
-@pytest.fixture(scope="module")
-def other_server(api_settings: Settings, served_model: ServedModel) -> Iterator[Server]:
-    with serving(api_settings, served_model) as server:
-        yield server
-
-
-@pytest.fixture
-async def other(other_server: Server) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=other_server.base_url, timeout=20) as http:
-        yield http
 
 
 async def created(http: httpx.AsyncClient, server: Server, **fields: Any) -> Fields:

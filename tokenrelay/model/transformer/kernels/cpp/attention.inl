@@ -57,8 +57,8 @@ template <class W> struct AttentionTile {
     }
 
     // Many vectors read the same chunk: what is narrow becomes float once, not once per group of rows.
-    void widen_chunk(size_t start, size_t from, size_t to) {
-        for (size_t key = from / 16 * 16; key < to; key += 16) {
+    void widen_chunk(size_t start, size_t to) {
+        for (size_t key = 0; key < to; key += 16) {
             const W *k = keys(start + key), *v = values(start + key);
             for (size_t d = 0; d < dim; d++) store(wide_keys + d * CHUNK + key, load(k + d * block_size));
             for (size_t i = 0; i < 16 * padded; i += 16) store(wide_values + key * padded + i, load_shuffled(v + i));
@@ -181,7 +181,7 @@ template <class W> struct AttentionTile {
             for (size_t h = 0; h < heads; h++) {
                 kv_head = head + h;
                 for (size_t next = start + CHUNK; next < least(start + 2 * CHUNK, most); next += 16) prefetch_block(next);
-                if (WIDE) widen_chunk(start, 0, least(most - start, CHUNK));
+                if (WIDE) widen_chunk(start, least(most - start, CHUNK));
                 for_row_groups(h * count, (h + 1) * count, [&](size_t row, auto rows) {
                     attend_chunk<decltype(rows)::value, WIDE>(row, start);
                 });
