@@ -22,7 +22,8 @@ from tokenrelay.service.api.responses.event_sequence import PREFIX, EventSequenc
 from tokenrelay.service.api.responses.items import ItemReference
 from tokenrelay.service.api.responses.request import ResponsesRequest
 from tokenrelay.service.api.responses.response_format import ResponseFormat
-from tokenrelay.service.api.responses.translation import as_chat, echo, in_our_words
+from tokenrelay.service.api.responses.translation import WORDS, as_chat, echo
+from tokenrelay.service.api.rewording import told_in
 from tokenrelay.service.errors import BrokerUnavailable, InvalidRequestError, NotFoundError
 from tokenrelay.service.messages import Submission
 from tokenrelay.service.tenants import Tenant
@@ -98,7 +99,7 @@ async def _admitted(
     api: ApiProcess = request.app.state.api
     chat = as_chat(body, conversation)
     wording = Wording("responses", {"response": echo(body)})
-    with in_our_words():
+    with told_in(WORDS):
         submissions = await api.admission.of(tenant).chat(chat, relay_id)
         timeout = api.settings.request_timeout_seconds
         return submissions, terms_of(request, chat, wording, submissions, api.model, timeout)

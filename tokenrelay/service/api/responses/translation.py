@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from tokenrelay.service.api.body import validate
@@ -18,24 +16,24 @@ from tokenrelay.service.api.responses.request import (
     TextFormat,
     ToolChoice,
 )
+from tokenrelay.service.api.rewording import told_in
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.sampling import SamplingFields
-from tokenrelay.service.errors import InvalidRequestError
 
 _AS_THEY_ARE = (
     *SamplingFields.model_fields,
     *("model", "stream", "user", "metadata", "seed", "priority", "cache_salt", "timeout", "parallel_tool_calls"),
     *("service_tier", "prompt_cache_key", "safety_identifier"),
 )
-_THEIR_WORDS = (
-    (r"\bmessages(\.\w+)*", "input"),
-    (r"\bmax(_completion)?_tokens\b", "max_output_tokens"),
-    (r"\bresponse_format\.json_schema\b", "text.format"),
-    (r"\bresponse_format\b", "text.format"),
-    (r"\btools\.(\d+)\.function\b", r"tools.\1"),
-    (r"\btool_choice\.(function|allowed_tools)\b", "tool_choice"),
-    (r"\breasoning_effort\b", "reasoning.effort"),
-)
+WORDS = {
+    r"\bmessages(\.\w+)*": "input",
+    r"\bmax(_completion)?_tokens\b": "max_output_tokens",
+    r"\bresponse_format\.json_schema\b": "text.format",
+    r"\bresponse_format\b": "text.format",
+    r"\btools\.(\d+)\.function\b": r"tools.\1",
+    r"\btool_choice\.(function|allowed_tools)\b": "tool_choice",
+    r"\breasoning_effort\b": "reasoning.effort",
+}
 
 
 def as_chat(body: ResponsesRequest, conversation: Sequence[Item]) -> ChatCompletionRequest:
@@ -53,25 +51,8 @@ def as_chat(body: ResponsesRequest, conversation: Sequence[Item]) -> ChatComplet
         "reasoning_effort": body.reasoning.effort if body.reasoning else None,
         "on_disconnect": "continue" if body.background else None,
     }
-    with in_our_words():
+    with told_in(WORDS):
         return validate(ChatCompletionRequest, {name: value for name, value in fields.items() if value is not None})
-
-
-@contextmanager
-def in_our_words() -> Iterator[None]:
-    """Errors about the chat completion name the parameters of the Responses request."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        raise type(error)(
-            _renamed(error.message), param=error.param and _renamed(error.param), code=error.code
-        ) from error
-
-
-def _renamed(text: str) -> str:
-    for theirs, ours in _THEIR_WORDS:
-        text = re.sub(theirs, ours, text)
-    return text
 
 
 def _response_format(given: TextFormat) -> dict[str, Any]:
