@@ -14,7 +14,7 @@ constexpr int panels_for(int rows) { return rows <= 2 ? 4 : 2; }
 constexpr int MAX_ROWS = 2, QUANTIZED_ROWS = 2;  // portable on x86 is only the tests' yardstick: compile little
 constexpr int panels_for(int) { return 1; }
 #else
-constexpr int MAX_ROWS = 6, QUANTIZED_ROWS = 2;
+constexpr int MAX_ROWS = 6, QUANTIZED_ROWS = 3;
 constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #endif
 constexpr size_t ROW_BLOCK = 96, PANEL_GROUP = 4;  // one task of linear: neither changes the bits
@@ -44,6 +44,7 @@ template <int MOST = MAX_ROWS, class F> TR_INLINE void for_row_groups(size_t beg
 
 #include "linear.inl"
 #include "rows.inl"
+#include "products.inl"
 #include "quantized.inl"
 #include "attention.inl"
 #include "forward.inl"
