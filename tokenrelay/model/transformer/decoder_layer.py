@@ -10,6 +10,7 @@ from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.transformer.attention import Attention, AttentionMetadata
 from tokenrelay.model.transformer.kv_cache import LayerCache
 from tokenrelay.model.transformer.layers import MLP, make_norm
+from tokenrelay.model.transformer.moe import MixtureOfExperts
 
 
 class DecoderLayer(nn.Module):
@@ -18,12 +19,13 @@ class DecoderLayer(nn.Module):
     ``residual`` is updated in place.
     """
 
-    def __init__(self, config: ModelConfig, window: int, num_sinks: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, window: int, num_sinks: int) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, window, num_sinks)
         self.mlp_norm = nn.Identity() if config.shared_norm else make_norm(config)
-        self.mlp = MLP(config, config.intermediate_size)
+        experts = config.experts if config.is_sparse(layer) else None
+        self.mlp = MixtureOfExperts(config, experts) if experts else MLP(config, config.intermediate_size)
         self._shared_norm, self._residual_scale = config.shared_norm, config.residual_scale
 
     def forward(
@@ -79,8 +81,8 @@ class PostNormLayer(DecoderLayer):
 class SandwichLayer(DecoderLayer):
     """x + norm(f(norm x)). (Ding et al. 2021; Gemma 2)"""
 
-    def __init__(self, config: ModelConfig, window: int, num_sinks: int) -> None:
-        super().__init__(config, window, num_sinks)
+    def __init__(self, config: ModelConfig, layer: int, window: int, num_sinks: int) -> None:
+        super().__init__(config, layer, window, num_sinks)
         self.attention_post_norm, self.mlp_post_norm = make_norm(config), make_norm(config)
 
     def connect(self, attend: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor) -> Tensor:
@@ -100,7 +102,7 @@ class NormAfterSumLayer(DecoderLayer):
 _PLACEMENTS = {"pre": PreNormLayer, "post": PostNormLayer, "sandwich": SandwichLayer, "after_sum": NormAfterSumLayer}
 
 
-def make_layer(config: ModelConfig, window: int, num_sinks: int) -> DecoderLayer:
+def make_layer(config: ModelConfig, layer: int, window: int, num_sinks: int) -> DecoderLayer:
     """The layer that the configuration's placement asks for; ``window`` and ``num_sinks`` as ``Attention`` has them."""
     kind = ParallelLayer if config.parallel_residual else _PLACEMENTS[config.norm_placement]
-    return kind(config, window, num_sinks)
+    return kind(config, layer, window, num_sinks)

@@ -37,7 +37,8 @@ class Transformer(nn.Module):
         self.embed_positions = _position_embedding(config, max_model_len)
         streaming = max_model_len - attention_sinks if attention_sinks else 0
         self.layers = nn.ModuleList(
-            make_layer(config, streaming or config.window(layer), attention_sinks) for layer in range(config.num_layers)
+            make_layer(config, layer, streaming or config.window(layer), attention_sinks)
+            for layer in range(config.num_layers)
         )
         self.norm = make_norm(config) if config.final_norm else NoNorm()
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)

@@ -13,6 +13,7 @@ from tokenrelay.model.transformer.decoder_layer import PreNormLayer
 from tokenrelay.model.transformer.kernels import library, native, native_attention
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, QuantizedLinear
 from tokenrelay.model.transformer.kv_cache import LayerCache
+from tokenrelay.model.transformer.layers import MLP
 from tokenrelay.model.transformer.transformer import Transformer
 
 
@@ -111,6 +112,7 @@ class NativeLayers:
 
 def _layer(module: nn.Module) -> library.Layer:
     assert isinstance(module, PreNormLayer)
+    assert isinstance(module.mlp, MLP)
     attention, mlp = module.attention, module.mlp
     return library.Layer(
         _norm(module.attention_norm),
