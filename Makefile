@@ -9,8 +9,8 @@ NATIVE := $(wildcard tokenrelay/model/transformer/kernels/cpp/*)
 serve: $(VENV)/.installed ## start everything on this machine; SERVE="--port 9000" passes options
 	$(BIN)/tokenrelay serve $(SERVE)
 
-test: lint types ## lint, types and the default suite
-	$(BIN)/python -m pytest
+test: lint types ## lint, types and the default suite, two tests at a time
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: ## chaos and fuzz runs of many minutes, and heavy clients: their pins want an environment of their own
 	$(MAKE) VENV=$(VENV)-long long

@@ -94,7 +94,10 @@ def ours(folder: Path, max_model_len: int = 128) -> tuple[ModelConfig, Transform
     checkpoint = SafetensorsCheckpoint(folder)
     config = checkpoint.config()
     tensors = checkpoint.tensors(torch.float32)
-    return config, load_transformer(config, tensors, max_model_len=max_model_len, dtype=torch.float32, device=CPU)
+    rules = checkpoint.rules
+    return config, load_transformer(
+        config, tensors, rules, max_model_len=max_model_len, dtype=torch.float32, device=CPU
+    )
 
 
 def metadata(num_computed: int, num_tokens: int, blocks: list[int]) -> AttentionMetadata:
@@ -168,7 +171,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> No
     name = "model.layers.1.self_attn.k_proj.weight"
 
     def load(changed: dict[str, torch.Tensor]) -> None:
-        load_transformer(config, changed.items(), max_model_len=64, dtype=torch.float32, device=CPU)
+        load_transformer(config, changed.items(), checkpoint.rules, max_model_len=64, dtype=torch.float32, device=CPU)
 
     with pytest.raises(WeightsError, match=r"layers\.1\.attention\.qkv_proj\.weight"):
         load({n: t for n, t in tensors.items() if n != name})

@@ -1,6 +1,6 @@
 """What a network looks like and how the engine runs it.
 
-Knows no file format (``hf_config`` and ``weights`` fill it in) and no tensors. All classes are frozen: derived values
+Knows no file format (``families`` and ``weights`` fill it in) and no tensors. All classes are frozen: derived values
 are properties, and nothing is written back after construction.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DType = Literal["float32", "bfloat16", "float16", "int8"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"]
 MAX_STREAMING_LEN = 2**20  # tokens of one sequence when attention sinks let it outgrow the context
 
 
@@ -38,8 +39,24 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A mixture of experts in the MLP's place (Shazeer et al. 2017; as in Mixtral, Jiang et al. 2024)."""
+
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int  # of one expert
+    normalize_weights: bool = True  # softmax over the chosen experts alone, not over all
+    router_bias: bool = False
+    shared_intermediate_size: int = 0  # of an expert that every token goes through; 0: there is none
+    shared_gate: bool = False  # its output is multiplied by a sigmoid of its own projection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Shape and switches of one decoder. Sizes are counts of elements, not bytes."""
+    """Shape and switches of one decoder. Sizes are counts of elements, not bytes.
+
+    A switch that is left out is as in Llama.
+    """
 
     architecture: str
     vocab_size: int
@@ -52,16 +69,43 @@ class ModelConfig:
     max_position_embeddings: int  # the longest sequence, with rope scaling applied
     norm: Literal["rms", "layer"]
     norm_eps: float
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    activation: Activation
     gated_mlp: bool
-    positions: Literal["rotary", "learned"]
+    positions: Literal["rotary", "learned", "sinusoidal", "none"]
+
+    # pre: x + f(norm x); post: x + norm(f x); sandwich: x + norm(f(norm x)); after_sum: norm(x + f x)
+    norm_placement: Literal["pre", "post", "sandwich", "after_sum"] = "pre"
+    parallel_residual: bool = False  # x + attention(norm x) + mlp(norm x)
+    shared_norm: bool = False  # one norm for both of these
+    norm_bias: bool = True  # of layer norms; rms norms have none
+    final_norm: bool = True
+
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
-    sliding_window: int = 0  # a token sees itself and so many - 1 before it, in every layer; 0: all of them
+    rotary_dim: int = 0  # so many first elements of a head are rotated; 0: all
+    local_rope_theta: float = 0.0  # in layers with a window, without scaling; 0: as in the others
+    unrotated_layers: frozenset[int] = frozenset()
+
+    sliding_window: int = 0  # a token sees itself and so many - 1 before it; 0: all of them
+    full_attention_layers: frozenset[int] = frozenset()  # these see all, whatever the window
+    qk_norm: Literal["", "head", "whole"] = ""  # before the rotation: each head by itself, or all heads as one vector
+    attention_scale: float = 0.0  # of the logits; 0: head_dim ** -0.5
+    attention_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0: they stay
+    learned_sinks: bool = False  # one more logit per head takes part in the softmax, and has no value
+
     attention_bias: bool = False  # on q, k, v
     output_bias: bool = False  # on the attention's output projection
     mlp_bias: bool = False
+    lm_head_bias: bool = False
     tie_word_embeddings: bool = False
+
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logits_scale: float = 1.0  # a factor
+    logits_softcap: float = 0.0
+
+    experts: Experts | None = None
+    dense_layers: frozenset[int] = frozenset()  # these have an MLP all the same
     eos_token_ids: tuple[int, ...] = ()
 
     @property
@@ -72,14 +116,28 @@ class ModelConfig:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    def window(self, layer: int) -> int:
+        """Of one layer; 0: it sees everything."""
+        return 0 if layer in self.full_attention_layers else self.sliding_window
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a mixture of experts takes the MLP's place in this layer."""
+        return self.experts is not None and layer not in self.dense_layers
+
     @property
     def num_weights(self) -> int:
         """Of its matrices: biases and norms are too few to matter."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         positions = self.max_position_embeddings * self.hidden_size if self.positions == "learned" else 0
         attention = 2 * self.hidden_size * (self.q_size + self.kv_size)
-        mlp = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
-        return embeddings + positions + self.num_layers * (attention + mlp)
+        matrices = (3 if self.gated_mlp else 2) * self.hidden_size
+        layers = sum(attention + matrices * self._mlp_width(layer) for layer in range(self.num_layers))
+        return embeddings + positions + layers
+
+    def _mlp_width(self, layer: int) -> int:
+        if self.experts is None or layer in self.dense_layers:
+            return self.intermediate_size
+        return self.experts.num_experts * self.experts.intermediate_size + self.experts.shared_intermediate_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tokenrelay.model.config import ModelConfig
-from tokenrelay.model.hf_config import read_hf_config
+from tokenrelay.model.families import read_hf_config
 from tokenrelay.model.transformer.rope import rotary_rows, rotary_table
 
 HEAD_DIM = 128

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from tests.model.transformer.paged_request import BLOCK
 from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.families import FAMILIES
 from tokenrelay.model.transformer.attention import AttentionMetadata
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kv_cache import LayerCache, allocate_kv_cache
@@ -60,6 +61,7 @@ def loaded(theirs: PreTrainedModel, config: ModelConfig, max_model_len: int, att
     return load_transformer(
         config,
         theirs.state_dict().items(),
+        FAMILIES["llama"].rules,
         max_model_len=max_model_len,
         attention_sinks=attention_sinks,
         dtype=torch.float32,
@@ -151,5 +153,5 @@ def test_sinks_that_do_not_suit_are_refused_by_name() -> None:
         Transformer(CONFIG, CONTEXT, CONTEXT)
     with pytest.raises(ValueError, match="attention_sinks is not supported on cuda"):
         load_transformer(
-            CONFIG, [], max_model_len=9, attention_sinks=4, dtype=torch.float32, device=torch.device("cuda")
+            CONFIG, [], (), max_model_len=9, attention_sinks=4, dtype=torch.float32, device=torch.device("cuda")
         )

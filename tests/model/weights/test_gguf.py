@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tests.model.weights.networks import LONGROPE, expected_tensors, tiny_gpt2, tiny_llama, with_metadata, write_gguf
 from tokenrelay.model.config import UnsupportedModelError
-from tokenrelay.model.hf_config import read_hf_config
+from tokenrelay.model.families import read_hf_config
 from tokenrelay.model.quantized import Quantized
 from tokenrelay.model.weights.checkpoint import open_checkpoint
 from tokenrelay.model.weights.config_reader import config_from_gguf, read_model_config

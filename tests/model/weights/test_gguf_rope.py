@@ -14,7 +14,7 @@ from gguf import GGUFWriter
 
 from tests.model.weights.networks import LONGROPE, expected_tensors, tiny_llama, with_metadata, write_gguf
 from tokenrelay.model.config import UnsupportedModelError
-from tokenrelay.model.hf_config import read_hf_config
+from tokenrelay.model.families import read_hf_config
 from tokenrelay.model.transformer.rope import rotary_table
 from tokenrelay.model.weights.errors import CheckpointError
 from tokenrelay.model.weights.gguf import GGUFCheckpoint

@@ -52,11 +52,11 @@ async def test_other_workers_have_a_lease_s_time_to_come_back(tmp_path: Path, wa
                 os.kill(broker.pid, signal.SIGKILL)
                 await asyncio.sleep(LEASE)  # the outage's length
                 broker.wait()
+                back_before = time.monotonic()
                 broker.start()
-                back_at = time.monotonic()
                 assert await lease_is_over(redis, keys)
                 await wait_until(lambda: has_left_the_silent(redis, keys))
-                assert time.monotonic() - back_at >= 0.7 * LEASE  # it may have noticed the outage's end late
+                assert time.monotonic() - back_before >= LEASE
                 await wait_until(lambda: is_finished(redis, keys))
     finally:
         broker.stop()

@@ -85,6 +85,7 @@ class Engine:
         model = load_transformer(
             model_config,
             checkpoint.stored(dtype) if keep_quantized else checkpoint.tensors(dtype),
+            checkpoint.rules,
             max_model_len=context,  # what rope scaling may depend on: never on this machine's memory
             attention_sinks=config.attention_sinks,
             dtype=dtype,
@@ -158,7 +159,7 @@ def _window(model_config: ModelConfig, config: EngineConfig, context: int, num_b
     if min(context, num_blocks * config.block_size) < 2:
         raise ValueError("the KV cache's memory budget holds not even one block; raise kv_cache_mb")
     if not config.attention_sinks:
-        return Window(model_config.sliding_window)
+        return Window(0 if model_config.full_attention_layers else model_config.sliding_window)
     needed = context + config.max_num_batched_tokens + 2 * config.block_size
     if num_blocks * config.block_size < needed:
         raise ValueError(

@@ -1,20 +1,20 @@
 """From a checkpoint's tensors to a network that is ready to run on a device.
 
-The table below says where each tensor of a family goes; q, k and v are rows of one matrix here, as are gate and
-up. A tensor that is missing, unknown or of the wrong shape is refused by name.
+The checkpoint's rules say where each tensor goes; q, k and v are rows of one matrix here, as are gate and up. A tensor
+that is missing, unknown or of the wrong shape is refused by name.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.families import Rule
 from tokenrelay.model.quantized import Quantized, stacked
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.native_layers import replace_layers
@@ -22,58 +22,17 @@ from tokenrelay.model.transformer.kernels.packed_linear import replace_linears
 from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm
 from tokenrelay.model.transformer.rope import rotary_table
 from tokenrelay.model.transformer.transformer import Transformer
+from tokenrelay.model.weights.layouts import LAYOUTS
 
 
 class WeightsError(ValueError):
     """The checkpoint's tensors do not fit its configuration; the message names them."""
 
 
-class _Rule(NamedTuple):
-    pattern: str  # of the checkpoint's name, as transformers writes it
-    target: str  # our name
-    shard: str = ""  # which rows of a merged matrix
-    transposed: bool = False  # GPT-2 stores [in, out]
-
-
-_RULES = {
-    "llama": (
-        _Rule(r"model\.embed_tokens\.(weight)", r"embed_tokens.\1"),
-        _Rule(r"model\.layers\.(\d+)\.input_layernorm\.(weight)", r"layers.\1.attention_norm.\2"),
-        _Rule(r"model\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", r"layers.\1.attention.qkv_proj.\2", "q"),
-        _Rule(r"model\.layers\.(\d+)\.self_attn\.k_proj\.(weight|bias)", r"layers.\1.attention.qkv_proj.\2", "k"),
-        _Rule(r"model\.layers\.(\d+)\.self_attn\.v_proj\.(weight|bias)", r"layers.\1.attention.qkv_proj.\2", "v"),
-        _Rule(r"model\.layers\.(\d+)\.self_attn\.o_proj\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
-        _Rule(r"model\.layers\.(\d+)\.post_attention_layernorm\.(weight)", r"layers.\1.mlp_norm.\2"),
-        _Rule(r"model\.layers\.(\d+)\.mlp\.gate_proj\.(weight|bias)", r"layers.\1.mlp.up_proj.\2", "gate"),
-        _Rule(r"model\.layers\.(\d+)\.mlp\.up_proj\.(weight|bias)", r"layers.\1.mlp.up_proj.\2", "up"),
-        _Rule(r"model\.layers\.(\d+)\.mlp\.down_proj\.(weight|bias)", r"layers.\1.mlp.down_proj.\2"),
-        _Rule(r"model\.norm\.(weight)", r"norm.\1"),
-        _Rule(r"lm_head\.(weight)", r"lm_head.\1"),
-    ),
-    "gpt2": (
-        _Rule(r"(?:transformer\.)?wte\.(weight)", r"embed_tokens.\1"),
-        _Rule(r"(?:transformer\.)?wpe\.(weight)", r"embed_positions.\1"),
-        _Rule(r"(?:transformer\.)?h\.(\d+)\.ln_1\.(weight|bias)", r"layers.\1.attention_norm.\2"),
-        _Rule(r"(?:transformer\.)?h\.(\d+)\.attn\.c_attn\.(weight)", r"layers.\1.attention.qkv_proj.\2", "", True),
-        _Rule(r"(?:transformer\.)?h\.(\d+)\.attn\.c_attn\.(bias)", r"layers.\1.attention.qkv_proj.\2"),
-        _Rule(r"(?:transformer\.)?h\.(\d+)\.attn\.c_proj\.(weight)", r"layers.\1.attention.o_proj.\2", "", True),
-        _Rule(r"(?:transformer\.)?h\.(\d+)\.attn\.c_proj\.(bias)", r"layers.\1.attention.o_proj.\2"),
-        _Rule(r"(?:transformer\.)?h\.(\d+)\.ln_2\.(weight|bias)", r"layers.\1.mlp_norm.\2"),
-        _Rule(r"(?:transformer\.)?h\.(\d+)\.mlp\.c_fc\.(weight)", r"layers.\1.mlp.up_proj.\2", "", True),
-        _Rule(r"(?:transformer\.)?h\.(\d+)\.mlp\.c_fc\.(bias)", r"layers.\1.mlp.up_proj.\2"),
-        _Rule(r"(?:transformer\.)?h\.(\d+)\.mlp\.c_proj\.(weight)", r"layers.\1.mlp.down_proj.\2", "", True),
-        _Rule(r"(?:transformer\.)?h\.(\d+)\.mlp\.c_proj\.(bias)", r"layers.\1.mlp.down_proj.\2"),
-        _Rule(r"(?:transformer\.)?ln_f\.(weight|bias)", r"norm.\1"),
-        _Rule(r"lm_head\.(weight)", r"lm_head.\1"),
-    ),
-}
-
-_DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")  # buffers some checkpoints carry
-
-
 def load_transformer(
     config: ModelConfig,
     tensors: Iterable[tuple[str, Tensor | Quantized]],
+    rules: Sequence[Rule],
     *,
     max_model_len: int,
     dtype: torch.dtype,
@@ -81,7 +40,7 @@ def load_transformer(
     attention_sinks: int = 0,
     in_8_bits: bool = False,
 ) -> Transformer:
-    """Build the network, fill it from (name, tensor) pairs, and make it ready for ``device``.
+    """Build the network, fill it from (name, tensor) pairs as the rules say, and make it ready for ``device``.
 
     Matrices that come quantized stay so where there are kernels for it; others are brought to 8 bits if ``in_8_bits``.
 
@@ -96,7 +55,7 @@ def load_transformer(
         raise ValueError(f"attention_sinks is not supported on {device.type}; set it to 0")
     model = _empty(config, max_model_len, attention_sinks, dtype, device)
     packs = device.type == "cpu" and native.is_available()
-    quantized = _fill(model, tensors, keep_quantized=packs)
+    quantized = _fill(model, tensors, rules, keep_quantized=packs)
     if packs:
         replace_linears(model, quantized, in_8_bits)
         replace_layers(model)
@@ -136,7 +95,10 @@ def _keep_in_fp32(model: nn.Module, *, with_linears: bool) -> None:
 
 
 def _fill(
-    model: Transformer, tensors: Iterable[tuple[str, Tensor | Quantized]], keep_quantized: bool
+    model: Transformer,
+    tensors: Iterable[tuple[str, Tensor | Quantized]],
+    rules: Sequence[Rule],
+    keep_quantized: bool,
 ) -> dict[str, Quantized]:
     """Copy every tensor to its place, and count rows so that a hole is noticed.
 
@@ -147,12 +109,12 @@ def _fill(
     unfilled = {name: parameter.shape[0] for name, parameter in parameters.items()}
     kept: dict[str, dict[int, Quantized]] = defaultdict(dict)  # by name, and by the row at which each begins
     for name, tensor in tensors:
-        rule, target = _place(name, config)
-        if _DERIVED.fullmatch(name) or (config.tie_word_embeddings and target == "lm_head.weight"):
+        target, shard, layout = _place(name, rules)
+        if not target or (config.tie_word_embeddings and target == "lm_head.weight"):
             continue
-        if rule is None or target not in parameters:
+        if target not in parameters:
             raise WeightsError(f"tensor {name!r} has no place in a {config.architecture} network of this configuration")
-        start, end = _span(parameters[target], rule.shard, config)
+        start, end = _span(parameters[target], shard, config)
         rows = parameters[target][start:end]
         matrix = _matrix_of(target, config)
         if isinstance(tensor, Quantized) and matrix and keep_quantized:
@@ -160,7 +122,7 @@ def _fill(
             kept[matrix][start] = tensor
         if not (isinstance(tensor, Quantized) and matrix == target and keep_quantized):
             values = tensor.dequantized() if isinstance(tensor, Quantized) else tensor
-            _copy(name, values.T if rule.transposed else values, rows)
+            _copy(name, LAYOUTS[layout](values, config) if layout else values, rows)
         unfilled[target] -= end - start
     missing = sorted(name for name, rows in unfilled.items() if rows > 0)
     if missing:
@@ -184,12 +146,13 @@ def _whole(shards: Mapping[int, Quantized], parameter: Tensor | None) -> Quantiz
     return None
 
 
-def _place(name: str, config: ModelConfig) -> tuple[_Rule | None, str]:
-    for rule in _RULES[config.architecture]:
+def _place(name: str, rules: Sequence[Rule]) -> tuple[str, str, str]:
+    """Our name, the rows of it, and the layout; WeightsError if no rule knows the tensor."""
+    for rule in rules:
         match = re.fullmatch(rule.pattern, name)
         if match:
-            return rule, match.expand(rule.target)
-    return None, ""
+            return match.expand(rule.target), match.expand(rule.shard), rule.layout
+    raise WeightsError(f"tensor {name!r} has no place in a network of this family")
 
 
 def _span(parameter: Tensor, shard: str, config: ModelConfig) -> tuple[int, int]:

@@ -57,8 +57,11 @@ class Transformer(nn.Module):
         self.embed_tokens = _embedding(config.vocab_size, config.hidden_size)
         learned = config.positions == "learned"
         self.embed_positions = _embedding(config.max_position_embeddings, config.hidden_size) if learned else None
-        window = max_model_len - attention_sinks if attention_sinks else config.sliding_window
-        self.layers = nn.ModuleList(DecoderLayer(config, window, attention_sinks) for _ in range(config.num_layers))
+        streaming = max_model_len - attention_sinks if attention_sinks else 0
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, streaming or config.window(layer), attention_sinks)
+            for layer in range(config.num_layers)
+        )
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         table = None if learned else torch.empty(max_model_len, config.head_dim)  # filled like a weight, when loading

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.families import Rule
 from tokenrelay.model.quantized import Quantized
 from tokenrelay.model.weights.gguf import GGUFCheckpoint
 from tokenrelay.model.weights.safetensors import SafetensorsCheckpoint
@@ -15,7 +16,9 @@ from tokenrelay.model.weights.sources import ModelSource
 
 
 class Checkpoint(Protocol):
-    """A described network and its tensors, by transformers' names and in transformers' layout."""
+    """A described network and its tensors, under the names and in the layout that its rules know."""
+
+    rules: tuple[Rule, ...]
 
     def config(self) -> ModelConfig:
         """The network's shape; raises UnsupportedModelError or CheckpointError."""

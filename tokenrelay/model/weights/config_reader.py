@@ -1,7 +1,7 @@
 """ModelConfig from a checkpoint's own description: config.json of a folder, or the metadata of a GGUF file.
 
 Reads no weights and needs no torch. GGUF keys are renamed to those of transformers, so that one reader
-(``hf_config``) decides what is supported.
+(``families``) decides what is supported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrelay.model.config import ModelConfig, UnsupportedModelError
-from tokenrelay.model.hf_config import read_hf_config
+from tokenrelay.model.families import read_hf_config
 from tokenrelay.model.weights.errors import CheckpointError
 from tokenrelay.model.weights.gguf_metadata import GGUFMetadata, read_gguf_metadata
 from tokenrelay.model.weights.gguf_rope import rope_parameters
@@ -96,7 +96,7 @@ def config_from_gguf(metadata: GGUFMetadata) -> ModelConfig:
     except ArithmeticError as error:
         raise metadata.error(f"holds a value out of range: {error}") from error
     _check_tensor_table(config, metadata)
-    if config.architecture == "llama":
+    if config.architecture != "gpt2":
         # convert_hf_to_gguf writes no switch for these; the tensors themselves say it
         return replace(
             config,

@@ -18,6 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.families import FAMILIES
 from tokenrelay.model.quantized import Quantized
 from tokenrelay.model.weights.config_reader import config_from_gguf
 from tokenrelay.model.weights.gguf_metadata import GGUFMetadata, TensorInfo, read_gguf_metadata
@@ -70,6 +71,7 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self._metadata = read_gguf_metadata(path)
         self._config = config_from_gguf(self._metadata)
+        self.rules = FAMILIES[self._config.architecture].rules
         self._data: npt.NDArray[np.uint8] = np.memmap(path, mode="r", dtype=np.uint8)
         for info in self._metadata.tensors.values():
             _blocks(info, self._data, self._metadata)
@@ -86,7 +88,7 @@ class GGUFCheckpoint:
         """As ``tensors``, but matrices of a Llama in Q8_0, Q4_0 or Q4_1 come as they are."""
         for info, name in self._named():
             kind, blocks = _blocks(info, self._data, self._metadata)
-            if kind in STORED and len(info.shape) == 2 and self._config.architecture == "llama":
+            if kind in STORED and len(info.shape) == 2 and self._config.architecture != "gpt2":
                 yield name, quantized_from(blocks, kind, info.shape).mapped(partial(self._hf_layout, info, name))
             else:
                 yield name, self._converted(info, name, dtype)

@@ -10,7 +10,7 @@ import struct
 from typing import Any
 
 from tokenrelay.model.config import UnsupportedModelError
-from tokenrelay.model.hf_rope import yarn_attention_factor
+from tokenrelay.model.families.rope_parameters import yarn_attention_factor
 from tokenrelay.model.weights.gguf_metadata import GGUFMetadata
 
 _LLAMA3, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
@@ -19,7 +19,7 @@ _F32 = 0
 
 
 def rope_parameters(metadata: GGUFMetadata, head_dim: int) -> dict[str, Any]:
-    """What ``hf_rope`` reads as ``rope_parameters``.
+    """What ``families.rope_parameters`` reads as ``rope_parameters``.
 
     Raises:
         UnsupportedModelError: a type, or a combination, that is not built.

@@ -9,11 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.families import FAMILIES
 from tokenrelay.model.weights.config_reader import config_from_folder, read_json
 from tokenrelay.model.weights.errors import CheckpointError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that old checkpoints stored
 
 
 class SafetensorsCheckpoint:
@@ -28,6 +28,7 @@ class SafetensorsCheckpoint:
         self._folder = folder
         self._config = config_from_folder(folder)
         self._shards = self._read_index()
+        self.rules = FAMILIES[self._config.architecture].rules
 
     def config(self) -> ModelConfig:
         return self._config
@@ -37,20 +38,14 @@ class SafetensorsCheckpoint:
         return self.tensors(dtype)
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each tensor once, shard by shard, under the name it has in the causal language model."""
+        """Each tensor once, shard by shard."""
         for shard, names in self._shards.items():
             try:
                 with safe_open(shard, framework="pt") as file:
                     for name in names if names is not None else file.keys():
-                        if not name.endswith(_BUFFERS):
-                            yield self._full_name(name), file.get_tensor(name).to(dtype)
+                        yield name, file.get_tensor(name).to(dtype)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{shard}: {error}") from error
-
-    def _full_name(self, name: str) -> str:
-        """GPT-2's published files name the bare network, without the prefix it has in the language model."""
-        bare = self._config.architecture == "gpt2" and not name.startswith(("transformer.", "lm_head."))
-        return f"transformer.{name}" if bare else name
 
     def _read_index(self) -> dict[Path, list[str] | None]:
         """Shards and the names to take from each; None means all."""

@@ -63,6 +63,7 @@ class Worker:
         self._outbox: asyncio.Queue[list[Publication]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._reclaim_from = 0.0  # by the loop's clock
+        self._broker_was_away = False
         self._death: asyncio.Future[BaseException] = self._loop.create_future()
         self._engine = EngineThread(
             engine,
@@ -140,8 +141,11 @@ class Worker:
         try:
             renewal = await self._queue.renew(self.worker_id, held)
         except BrokerUnavailable:
-            self._reclaim_from = self._loop.time() + self._settings.lease_seconds
+            self._broker_was_away = True
             raise
+        if self._broker_was_away:
+            self._broker_was_away = False
+            self._reclaim_from = self._loop.time() + self._settings.lease_seconds
         for request_id in renewal.lost:
             self._lose(request_id, held[request_id])
         for request_id in renewal.cancelled:

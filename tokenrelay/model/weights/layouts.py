@@ -1,0 +1,19 @@
+"""How checkpoints store some tensors in another way than our network holds them; ``Rule.layout`` names one of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from tokenrelay.model.config import ModelConfig
+
+Layout = Callable[[Tensor, ModelConfig], Tensor]
+
+
+def transposed(stored: Tensor, config: ModelConfig) -> Tensor:
+    """[in, out], as GPT-2's Conv1D has it -> [out, in]."""
+    return stored.T
+
+
+LAYOUTS: dict[str, Layout] = {"transposed": transposed}
