@@ -90,7 +90,7 @@ template <class W> struct AttentionTile {
         }
     }
 
-    TR_INLINE void cap_scores(size_t row, size_t from, size_t to) {
+    __attribute__((noinline)) void cap_scores(size_t row, size_t from, size_t to) {
         const f32x16 softcap = broadcast(a.softcap), inverse = broadcast(1.0f / a.softcap);
         for (float* s = scores + row * CHUNK + from; s < scores + row * CHUNK + to; s += 16)
             store(s, mul(softcap, tanh(mul(load(s), inverse))));
