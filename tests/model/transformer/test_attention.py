@@ -139,6 +139,18 @@ def test_a_prefill_row_has_the_bits_of_a_decode_step(
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize(("window", "num_sinks"), SEEN[1:])
 @pytest.mark.parametrize("chunk", [1, 33])
+def test_capped_scores_and_learned_sinks_keep_the_bits(
+    chunk: int, window: int, num_sinks: int, dtype: torch.dtype
+) -> None:
+    request = PagedRequest(200, 4, 2, 24, dtype, window, num_sinks)
+    request.softcap, request.sink_logits = 1.5, torch.tensor([-9.0, 0.0, 2.0, float("-inf")])
+    whole = request.forward(0, 200)
+    assert torch.equal(request.forward_in_chunks(chunk), whole)
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize(("window", "num_sinks"), SEEN[1:])
+@pytest.mark.parametrize("chunk", [1, 33])
 def test_a_block_below_the_window_may_be_anothers(chunk: int, window: int, num_sinks: int, dtype: torch.dtype) -> None:
     request = PagedRequest(200, 4, 2, 24, dtype, window, num_sinks)
     whole = request.forward(0, 200)

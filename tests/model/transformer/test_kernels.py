@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenrelay
-from tests.model.transformer.paged_request import BLOCK, PagedRequest, cpu_cache
+from tests.model.transformer.paged_request import BLOCK, PagedRequest, cpu_cache, rotary_angles
 from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kernels import cuda, native, reference
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, replace_linears
@@ -108,6 +108,8 @@ def test_swiglu_oai_is_clamped_and_biased() -> None:
     expected = gate * torch.sigmoid(1.702 * gate) * (up + 1)
     for operations in (kernels, reference):
         close(operations.gated_activation(x, "swiglu_oai"), expected)
+        with pytest.raises(KeyError, match="swiglu_oai"):
+            operations.activation(x, "swiglu_oai")
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -161,7 +163,7 @@ def everything() -> list[Tensor]:
     """The output of every operation on fixed inputs."""
     torch.manual_seed(1)
     x, weight, bias = torch.randn(40, 100), torch.randn(100), torch.randn(100)
-    kinds = ("silu", "gelu", "gelu_tanh", "relu")
+    kinds = (*reference.ACTIVATIONS, "swiglu_oai")
     return [
         PackedLinear(torch.randn(130, 100).bfloat16(), torch.randn(130))(x),
         PackedLinear(torch.randn(130, 100))(x),
@@ -171,7 +173,15 @@ def everything() -> list[Tensor]:
         *(PagedRequest(100, 9, 3, 24, dtype).forward(0, 100) for dtype in CACHE_DTYPES),
         *(PagedRequest(200, 4, 4, 64, dtype, 40).forward(0, 200) for dtype in CACHE_DTYPES),
         *(PagedRequest(200, 2, 1, 64, dtype, 40, 5).forward(0, 200) for dtype in CACHE_DTYPES),
+        *(request_of_a_newer_family(dtype).forward(0, 200) for dtype in CACHE_DTYPES),
     ]
+
+
+def request_of_a_newer_family(dtype: torch.dtype) -> PagedRequest:
+    request = PagedRequest(200, 6, 2, 72, dtype, 90)
+    kernels.head_norm(request.qkv, torch.randn(72), torch.randn(144), 6, 2, 1e-6)
+    request.cos_sin, request.softcap, request.sink_logits = rotary_angles(200, 20), 3.0, torch.randn(6)
+    return request
 
 
 def same_bits(vary: Callable[[], object]) -> bool:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tokenrelay.model.quantized import GROUP
 from tokenrelay.model.transformer.kernels import library, reference
-from tokenrelay.model.transformer.kernels.native_attention import paged_attention, rotate_and_cache
+from tokenrelay.model.transformer.kernels.native_attention import head_norm, paged_attention, rotate_and_cache
 
-__all__ = ["paged_attention", "rotate_and_cache"]  # the operations that have a file of their own
+__all__ = ["head_norm", "paged_attention", "rotate_and_cache"]  # the operations that have a file of their own
 
 ISA_NAMES = ("portable", "avx2", "avx512")
-ACTIVATION_KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+ACTIVATION_KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "swiglu_oai": 5}
 STORED = (torch.bfloat16, torch.float32)
 
 
@@ -161,7 +161,7 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | N
 
 def activation(x: Tensor, kind: str) -> Tensor:
     x = x.contiguous()
-    if x.dtype is not torch.float32 or kind not in ACTIVATION_KINDS:
+    if x.dtype is not torch.float32 or kind not in reference.ACTIVATIONS:  # which then refuses it
         return reference.activation(x, kind)
     out = torch.empty_like(x)
     library.activation(x.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], ACTIVATION_KINDS[kind], False)
@@ -170,7 +170,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
 def gated_activation(x: Tensor, kind: str) -> Tensor:
     x = x.contiguous()
-    if x.dtype is not torch.float32 or kind not in ACTIVATION_KINDS:
+    if x.dtype is not torch.float32:
         return reference.gated_activation(x, kind)
     rows, columns = x.shape[0], x.shape[1] // 2
     out = x.new_empty((rows, columns))

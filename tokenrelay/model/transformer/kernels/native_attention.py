@@ -41,6 +41,27 @@ def _address_of_blocks(cache: Tensor, dtype: torch.dtype) -> int:
     return cache.data_ptr()
 
 
+def head_norm(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_heads: int, num_kv_heads: int, eps: float) -> None:
+    if qkv.dtype is not torch.float32:
+        return reference.head_norm(qkv, q_weight, k_weight, num_heads, num_kv_heads, eps)
+    head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+    q_weight, k_weight = q_weight.float(), k_weight.float()
+    library.head_norm(
+        library.HeadNormParams(
+            library.address(qkv, torch.float32),
+            library.address(q_weight, torch.float32),
+            library.address(k_weight, torch.float32),
+            qkv.shape[0],
+            num_heads * head_dim,
+            num_kv_heads * head_dim,
+            len(q_weight),
+            len(k_weight),
+            eps,
+        )
+    )
+    return None
+
+
 def rotate_and_cache(
     qkv: Tensor,
     positions: Tensor,
@@ -55,8 +76,7 @@ def rotate_and_cache(
 ) -> Tensor:
     qkv = qkv.contiguous()
     cache = describe_cache(k_cache, v_cache, key_scales, value_scales)
-    partial = cos_sin is not None and cos_sin.shape[1] < k_cache.shape[2]
-    if cache is None or qkv.dtype is not torch.float32 or partial:
+    if cache is None or qkv.dtype is not torch.float32:
         return reference.rotate_and_cache(
             qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, key_scales, value_scales
         )
@@ -71,6 +91,7 @@ def rotate_and_cache(
             q.data_ptr(),
             qkv.shape[0],
             num_heads,
+            0 if cos_sin is None else cos_sin.shape[1],
         )
     )
     return q
@@ -94,7 +115,7 @@ def paged_attention(
 ) -> Tensor:
     q = q.contiguous()
     cache = describe_cache(k_cache, v_cache, key_scales, value_scales)
-    if cache is None or q.dtype is not torch.float32 or softcap or sink_logits is not None:
+    if cache is None or q.dtype is not torch.float32:
         return reference.paged_attention(
             *(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale),
             *(window, num_sinks, q_sink, key_scales, value_scales, softcap, sink_logits),
@@ -109,12 +130,14 @@ def paged_attention(
             library.address(block_tables, torch.int32),
             library.address(query_start_loc, torch.int32),
             library.address(seq_lens, torch.int32),
+            library.address(sink_logits, torch.float32),
             out.data_ptr(),
             *block_tables.shape,
             num_heads,
             window,
             num_sinks,
             scale,
+            softcap,
         )
     )
     return out

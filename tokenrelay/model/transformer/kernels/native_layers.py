@@ -97,6 +97,7 @@ class NativeLayers:
                 native.ACTIVATION_KINDS[config.activation],
                 config.gated_mlp,
                 config.norm != "rms",
+                0 if rotary is None else rotary.shape[1],
                 config.norm_eps,
             )
         )
