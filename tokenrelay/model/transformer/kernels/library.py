@@ -82,12 +82,29 @@ class Norm(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
+    """One decoder layer; ``rotation`` is an index of ``enum Rotation``."""
+
     _fields_ = [
-        *((name, Norm) for name in ("attention_norm", "mlp_norm")),
+        *((name, Norm) for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")),
+        *((name, Norm) for name in ("q_norm", "k_norm")),
         *((name, Matrix) for name in ("qkv", "out", "up", "down")),
         ("cache", KVCache),
-        *((name, c_int64) for name in ("window", "num_sinks")),
+        ("sink_logits", c_void_p),
+        *((name, c_int64) for name in ("window", "num_sinks", "rotation")),
         ("scale", c_float),
+    ]
+
+
+class Network(ctypes.Structure):
+    """What ``tr_forward`` reads in every step."""
+
+    _fields_ = [
+        ("layers", ctypes.POINTER(Layer)),
+        ("final_norm", Norm),
+        ("local_cos_sin", c_void_p),
+        *((name, c_int64) for name in ("num_layers", "hidden_size", "num_heads", "activation", "gated")),
+        *((name, c_int64) for name in ("centered_norms", "parallel", "q_norm_width", "k_norm_width", "rotary_dim")),
+        *((name, c_float) for name in ("eps", "softcap", "residual_scale")),
     ]
 
 
@@ -95,14 +112,11 @@ class Forward(ctypes.Structure):
     """What ``tr_forward`` reads and writes."""
 
     _fields_ = [
-        ("layers", ctypes.POINTER(Layer)),
-        ("final_norm", Norm),
+        ("network", Network),
         *((name, c_void_p) for name in ("x", "residual", "normed", "wide", "narrow", "q", "q_sink", "scratch")),
         *((name, c_void_p) for name in ("cos_sin", "positions", "sink_positions", "slots", "nowhere")),
         *((name, c_void_p) for name in ("block_tables", "query_start", "seq_lens")),
-        *((name, c_int64) for name in ("num_layers", "num_tokens", "hidden_size", "num_heads", "num_requests")),
-        *((name, c_int64) for name in ("max_blocks", "activation", "gated", "centered_norms", "rotary_dim")),
-        ("eps", c_float),
+        *((name, c_int64) for name in ("num_tokens", "num_requests", "max_blocks")),
     ]
 
 

@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.transformer.attention import AttentionMetadata
-from tokenrelay.model.transformer.decoder_layer import PreNormLayer
+from tokenrelay.model.transformer.decoder_layer import DecoderLayer
 from tokenrelay.model.transformer.kernels import library, native, native_attention
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, QuantizedLinear
 from tokenrelay.model.transformer.kv_cache import LayerCache
 from tokenrelay.model.transformer.layers import MLP
 from tokenrelay.model.transformer.transformer import Transformer
 
+OBEYED = {  # here or in forward.inl; any other switch that is set takes the layers one by one
+    *("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"),
+    *("norm", "norm_eps", "norm_bias", "norm_placement", "parallel_residual", "shared_norm", "final_norm"),
+    *("activation", "gated_mlp", "mlp_bias", "residual_scale"),
+    *("attention_bias", "output_bias", "qk_norm", "attention_scale", "attention_softcap", "learned_sinks"),
+    *("sliding_window", "full_attention_layers", "rotary_dim", "local_rope_theta", "unrotated_layers"),
+}
+OUTSIDE = {  # of the layers
+    *("architecture", "vocab_size", "max_position_embeddings", "eos_token_ids", "tie_word_embeddings"),
+    *("positions", "rope_theta", "rope_scaling", "embedding_scale", "logits_scale", "logits_softcap", "lm_head_bias"),
+}
+UNROTATED, ROTATED, ROTATED_LOCALLY = range(3)
+
 
 def replace_layers(model: Transformer) -> None:
     """Let ``model`` run its layers natively, if it may; its linears must be packed already."""
-    if covers(model.config):
+    if covers(model.config) and all(_is_packed(layer) for layer in model.layers):
         model.run_layers = NativeLayers(model)  # type: ignore[method-assign]
 
 
 def covers(config: ModelConfig) -> bool:
-    """Whether every switch of the configuration is known here; what is not runs layer by layer."""
+    """Whether every switch that is set is known here; else the layers run one by one."""
+    others = [field for field in fields(config) if field.name not in OBEYED | OUTSIDE]
     return (
-        config.norm_placement == "pre"
-        and not config.parallel_residual
-        and config.final_norm
-        and config.residual_scale == 1.0
-        and config.rotary_dim in (0, config.head_dim)
-        and not config.local_rope_theta
-        and not config.unrotated_layers
-        and not config.qk_norm
-        and not config.attention_softcap
-        and not config.learned_sinks
-        and config.experts is None
-        and config.activation in native.ACTIVATION_KINDS
+        all(getattr(config, field.name) == field.default for field in others)
+        and config.norm_placement != "after_sum"
         and config.head_dim <= native_attention.MAX_HEAD_DIM
     )
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    """Whether the matrices are what they seem to be: no adapter, nothing of another rank."""
+    return all(type(linear) in (PackedLinear, QuantizedLinear) for linear in _linears(layer))
+
+
+def _linears(layer: nn.Module) -> tuple[nn.Module, ...]:
+    assert isinstance(layer, DecoderLayer)
+    assert isinstance(layer.mlp, MLP)
+    return layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.up_proj, layer.mlp.down_proj
 
 
 class NativeLayers:
@@ -47,9 +64,8 @@ class NativeLayers:
 
     def __init__(self, model: Transformer) -> None:
         self._model = model  # alive as long as its addresses are in use
-        self._config = config = model.config
-        self._layers = (library.Layer * config.num_layers)(*map(_layer, model.layers))
-        self._final_norm = _norm(model.norm)
+        self._layers = (library.Layer * len(model.layers))(*(_layer(model, i) for i in range(len(model.layers))))
+        self._network = _network(model, self._layers)
         self._cache: Sequence[LayerCache] = ()
         self._is_covered = False
         linears = [module for module in model.layers.modules() if isinstance(module, PackedLinear | QuantizedLinear)]
@@ -70,7 +86,7 @@ class NativeLayers:
             self._bind(kv_cache)
         if not self._is_covered:
             return Transformer.run_layers(self._model, x, positions, rotary, kv_cache, metadata)
-        config, rows = self._config, len(x)
+        config, rows = self._model.config, len(x)
         residual, normed = torch.zeros_like(x), torch.empty_like(x)
         wide, narrow = x.new_empty((rows, self._wide)), x.new_empty((rows, self._narrow))
         q = x.new_empty((2, rows, config.q_size))
@@ -81,27 +97,18 @@ class NativeLayers:
         tables = metadata.block_tables, metadata.query_start_loc, metadata.seq_lens
         library.forward(
             library.Forward(
-                self._layers,
-                self._final_norm,
+                self._network,
                 *(library.address(tensor, torch.float32) for tensor in (x, residual, normed, wide, narrow, q[0])),
                 None if sinks is None else q[1].data_ptr(),
                 scratch.data_ptr(),
                 library.address(rotary, torch.float32),
                 *(library.address(tensor, torch.int64) for tensor in indices),
                 *(library.address(tensor, torch.int32) for tensor in tables),
-                config.num_layers,
                 rows,
-                config.hidden_size,
-                config.num_heads,
                 *metadata.block_tables.shape,
-                native.ACTIVATION_KINDS[config.activation],
-                config.gated_mlp,
-                config.norm != "rms",
-                0 if rotary is None else rotary.shape[1],
-                config.norm_eps,
             )
         )
-        return normed
+        return normed if config.final_norm else residual
 
     def _bind(self, kv_cache: Sequence[LayerCache]) -> None:
         described = [native_attention.describe_cache(*cache) for cache in kv_cache]
@@ -111,22 +118,62 @@ class NativeLayers:
         self._cache = kv_cache
 
 
-def _layer(module: nn.Module) -> library.Layer:
-    assert isinstance(module, PreNormLayer)
-    assert isinstance(module.mlp, MLP)
-    attention, mlp = module.attention, module.mlp
+def _network(model: Transformer, layers: ctypes.Array[library.Layer]) -> library.Network:
+    config = model.config
+    widths = {"": (0, 0), "head": (config.head_dim, config.head_dim), "whole": (config.q_size, config.kv_size)}
+    q_norm_width, k_norm_width = widths[config.qk_norm]
+    return library.Network(
+        layers=layers,
+        final_norm=_norm(model.norm),
+        local_cos_sin=library.address(model.local_rotary, torch.float32),
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        activation=native.ACTIVATION_KINDS[config.activation],
+        gated=config.gated_mlp,
+        centered_norms=config.norm != "rms",
+        parallel=config.parallel_residual,
+        q_norm_width=q_norm_width,
+        k_norm_width=k_norm_width,
+        rotary_dim=config.rotary_dim or config.head_dim,
+        eps=config.norm_eps,
+        softcap=config.attention_softcap,
+        residual_scale=config.residual_scale,
+    )
+
+
+def _layer(model: Transformer, index: int) -> library.Layer:
+    module = model.layers[index]
+    assert isinstance(module, DecoderLayer)
+    attention = module.attention
     return library.Layer(
-        _norm(module.attention_norm),
-        _norm(module.mlp_norm),
-        *map(_matrix, (attention.qkv_proj, attention.o_proj, mlp.up_proj, mlp.down_proj)),
+        *map(_norm, _norms(module, model.config)),
+        *map(_norm, (attention.q_norm, attention.k_norm)),
+        *map(_matrix, _linears(module)),
         library.KVCache(),
+        library.address(attention.sinks, torch.float32),
         attention.window,
         attention.num_sinks,
+        _rotation(model, index),
         attention.scale,
     )
 
 
-def _norm(module: nn.Module) -> library.Norm:
+def _norms(layer: DecoderLayer, config: ModelConfig) -> list[nn.Module | None]:
+    """Before and after attention, before and after the MLP."""
+    names = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
+    norms = [getattr(layer, name, None) for name in names]
+    return [None, norms[0], None, norms[2]] if config.norm_placement == "post" else norms
+
+
+def _rotation(model: Transformer, index: int) -> int:
+    """Which table the layer takes, whatever the step's is."""
+    of_step = torch.empty(0)
+    table = model.rotary_of(index, of_step)
+    return UNROTATED if table is None else ROTATED if table is of_step else ROTATED_LOCALLY
+
+
+def _norm(module: nn.Module | None) -> library.Norm:
     return library.Norm(*(library.address(getattr(module, name, None), torch.float32) for name in ("weight", "bias")))
 
 

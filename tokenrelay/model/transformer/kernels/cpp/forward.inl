@@ -11,39 +11,95 @@ void multiply(const Forward& a, const Matrix& m, const float* x, float* out) {
     }
 }
 
-// residual += x, then normed = its norm.
-void add_norm(const Forward& a, const Norm& norm_, const float* x) {
-    auto normalise = a.centered_norms ? norm<true> : norm<false>;
-    normalise(x, a.residual, norm_.weight, norm_.bias, a.normed, a.num_tokens, a.hidden_size, a.eps, 0);
+void normalise(const Forward& a, const Norm& of, const float* x, float* residual, float* out) {
+    const Network& n = a.network;
+    auto normalise_rows = n.centered_norms ? norm<true> : norm<false>;
+    normalise_rows(x, residual, of.weight, of.bias, out, a.num_tokens, n.hidden_size, n.eps, 0);
 }
 
-void attend(const Forward& a, const Layer& layer) {
-    RotateParams rotation{layer.cache, a.wide, a.positions, a.cos_sin, a.slots, a.q, a.num_tokens, a.num_heads, a.rotary_dim};
-    rotate_and_cache(&rotation);
-    if (a.q_sink) {
-        RotateParams again{layer.cache, a.wide, a.sink_positions, a.cos_sin, a.nowhere, a.q_sink, a.num_tokens, a.num_heads, a.rotary_dim};
-        rotate_and_cache(&again);
+// f(i) for every element of an array [T, C].
+template <class F> TR_INLINE void for_elements(const Forward& a, F f) {
+    const size_t columns = a.network.hidden_size;
+    parallel_rows(a.num_tokens, columns, [=](size_t row) {
+        for (size_t i = row * columns; i < (row + 1) * columns; i++) f(i);
+    });
+}
+
+// residual += x; returns its norm, or itself if there is none.
+const float* enter(const Forward& a, const Norm& of) {
+    if (of.weight) {
+        normalise(a, of, a.x, a.residual, a.normed);
+        return a.normed;
     }
-    AttentionParams attention{layer.cache, a.q,            a.q_sink,     a.block_tables, a.query_start,
-                              a.seq_lens,  nullptr, a.narrow,       a.num_requests, a.max_blocks, a.num_heads,
-                              layer.window, layer.num_sinks, layer.scale, 0.0f};
+    for_elements(a, [x = a.x, residual = a.residual](size_t i) { residual[i] = residual[i] + x[i]; });
+    return a.residual;
+}
+
+// What is to be added to the residual: x, normalised and scaled.
+void leave(const Forward& a, const Norm& of) {
+    if (of.weight) normalise(a, of, a.x, nullptr, a.x);
+    const float scale = a.network.residual_scale;
+    if (scale != 1.0f) for_elements(a, [=, x = a.x](size_t i) { x[i] = x[i] * scale; });
+}
+
+void normalise_heads(const Forward& a, const Layer& layer) {
+    const Network& n = a.network;
+    const int64_t q_size = n.num_heads * layer.cache.head_dim, kv_size = layer.cache.num_kv_heads * layer.cache.head_dim;
+    HeadNormParams params{a.wide,  layer.q_norm.weight, layer.k_norm.weight, a.num_tokens, q_size,
+                          kv_size, n.q_norm_width,      n.k_norm_width,      n.eps};
+    head_norm(&params);
+}
+
+void rotate(const Forward& a, const Layer& layer, const int64_t* positions, const int64_t* slots, float* q) {
+    const Network& n = a.network;
+    const float* const tables[] = {nullptr, a.cos_sin, n.local_cos_sin};  // by Rotation
+    const float* cos_sin = tables[layer.rotation];
+    const int64_t rotary_dim = cos_sin ? n.rotary_dim : 0;
+    RotateParams params{layer.cache, a.wide, positions, cos_sin, slots, q, a.num_tokens, n.num_heads, rotary_dim};
+    rotate_and_cache(&params);
+}
+
+void attend(const Forward& a, const Layer& layer, const float* hidden) {
+    const Network& n = a.network;
+    multiply(a, layer.qkv, hidden, a.wide);
+    if (layer.q_norm.weight) normalise_heads(a, layer);
+    rotate(a, layer, a.positions, a.slots, a.q);
+    if (a.q_sink) rotate(a, layer, a.sink_positions, a.nowhere, a.q_sink);
+    AttentionParams attention{layer.cache,       a.q,         a.q_sink,       a.block_tables, a.query_start, a.seq_lens,
+                              layer.sink_logits, a.narrow,    a.num_requests, a.max_blocks,   n.num_heads,   layer.window,
+                              layer.num_sinks,   layer.scale, n.softcap};
     paged_attention(&attention);
+    multiply(a, layer.out, a.narrow, a.x);
+}
+
+void feed_forward(const Forward& a, const Layer& layer, const float* hidden, float* out) {
+    multiply(a, layer.up, hidden, a.wide);
+    activation(a.wide, a.narrow, a.num_tokens, layer.down.in_features, a.network.activation, a.network.gated);
+    multiply(a, layer.down, a.narrow, out);
+}
+
+void add_in_turn(const Forward& a, const Layer& layer) {
+    attend(a, layer, enter(a, layer.attention_norm));
+    leave(a, layer.attention_post_norm);
+    feed_forward(a, layer, enter(a, layer.mlp_norm), a.x);
+    leave(a, layer.mlp_post_norm);
+}
+
+void add_in_parallel(const Forward& a, const Layer& layer) {
+    attend(a, layer, enter(a, layer.attention_norm));
+    if (layer.mlp_norm.weight) normalise(a, layer.mlp_norm, a.residual, nullptr, a.normed);
+    feed_forward(a, layer, a.normed, a.normed);
+    for_elements(a, [x = a.x, other = a.normed](size_t i) { x[i] = x[i] + other[i]; });
+    leave(a, Norm{});
 }
 
 void forward(const Forward* params) {
     const Forward& a = *params;
-    for (int64_t i = 0; i < a.num_layers; i++) {
-        const Layer& layer = a.layers[i];
-        add_norm(a, layer.attention_norm, a.x);
-        multiply(a, layer.qkv, a.normed, a.wide);
-        attend(a, layer);
-        multiply(a, layer.out, a.narrow, a.x);
-        add_norm(a, layer.mlp_norm, a.x);
-        multiply(a, layer.up, a.normed, a.wide);
-        activation(a.wide, a.narrow, a.num_tokens, layer.down.in_features, a.activation, a.gated);
-        multiply(a, layer.down, a.narrow, a.x);
+    for (int64_t i = 0; i < a.network.num_layers; i++) {
+        if (a.network.parallel) add_in_parallel(a, a.network.layers[i]);
+        else add_in_turn(a, a.network.layers[i]);
     }
-    add_norm(a, a.final_norm, a.x);
+    enter(a, a.network.final_norm);
 }
 
 }  // namespace

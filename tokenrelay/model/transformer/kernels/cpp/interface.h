@@ -82,18 +82,35 @@ struct Norm {
     const float* bias;
 };
 
+enum Rotation { UNROTATED, ROTATED, ROTATED_LOCALLY };
+
+// Norms without a weight are left out.
 struct Layer {
-    Norm attention_norm, mlp_norm;
+    Norm attention_norm, attention_post_norm, mlp_norm, mlp_post_norm;  // of what goes in and of what comes out
+    Norm q_norm, k_norm;
     Matrix qkv, out, up, down;
     KVCache cache;
-    int64_t window, num_sinks;
+    const float* sink_logits;  // [H], or null
+    int64_t window, num_sinks, rotation;
     float scale;
 };
 
-// One step through all layers. The arrays are as for the single operations; x is overwritten, the result is `normed`.
-struct Forward {
+// What is the same in every step.
+struct Network {
     const Layer* layers;
     Norm final_norm;
+    const float* local_cos_sin;  // of the layers that are ROTATED_LOCALLY, or null
+    int64_t num_layers, hidden_size, num_heads, activation, gated;
+    int64_t centered_norms;      // layer norms instead of RMS norms
+    int64_t parallel;            // attention and MLP start from the same sum; without an mlp_norm, from the same norm
+    int64_t q_norm_width, k_norm_width, rotary_dim;
+    float eps, softcap, residual_scale;
+};
+
+// One step through all layers. The arrays are as for the single operations; x is overwritten. The result is `normed`, or
+// `residual` if there is no final norm.
+struct Forward {
+    Network network;
     float* x;                       // [T, C], embedded
     float* residual;                // [T, C], zero
     float* normed;                  // [T, C]
@@ -102,7 +119,7 @@ struct Forward {
     float* q;                       // [T, H, D]
     float* q_sink;                  // the same, or null
     void* scratch;                  // for the widest quantized layer, or null
-    const float* cos_sin;
+    const float* cos_sin;           // of the layers that are ROTATED, or null
     const int64_t* positions;
     const int64_t* sink_positions;  // [T], if q_sink
     const int64_t* slots;
@@ -110,8 +127,7 @@ struct Forward {
     const int32_t* block_tables;
     const int32_t* query_start;
     const int32_t* seq_lens;
-    int64_t num_layers, num_tokens, hidden_size, num_heads, num_requests, max_blocks, activation, gated, centered_norms, rotary_dim;
-    float eps;
+    int64_t num_tokens, num_requests, max_blocks;
 };
 
 struct Kernels {

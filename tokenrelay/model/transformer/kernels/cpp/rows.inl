@@ -112,8 +112,9 @@ template <int KIND> void activation_of(const float* x, float* out, size_t rows, 
         const float* from = x + row * stride;
         for (size_t i = 0; i < columns; i += 16) {
             size_t n = columns - i;
-            const f32x16 x = load_part(from + i, n);
-            store_part(out + row * columns + i, gated ? activate_gate<KIND>(x, load_part(from + columns + i, n)) : activate<KIND>(x), n);
+            const f32x16 gate = load_part(from + i, n);
+            f32x16 y = gated ? activate_gate<KIND>(gate, load_part(from + columns + i, n)) : activate<KIND>(gate);
+            store_part(out + row * columns + i, y, n);
         }
     });
 }
