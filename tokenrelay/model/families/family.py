@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 from tokenrelay.model.config import Activation, ModelConfig, UnsupportedModelError
 
 Config = Mapping[str, Any]
+EXPERT = "{expert}"
 
 
 class Rule(NamedTuple):
     """Where a checkpoint's tensors of one kind go."""
 
     pattern: str  # of the checkpoint's name: a regular expression for all of it
-    target: str  # our name, with the pattern's groups; empty: what it holds is computed here
+    target: str  # our name, with the pattern's groups; empty: what it holds is computed here; with EXPERT: a stack
     shard: str = ""  # which rows of a merged matrix: q, k, v, gate or up
     layout: str = ""  # how it is stored, if not as we have it: a name in ``weights.layouts``
 
@@ -32,6 +33,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
@@ -50,6 +52,16 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
+
+
+def stated(config: Config, **defaults: Any) -> dict[str, Any]:
+    """The file's words, and transformers' for the family where it is silent: published files leave keys out."""
+    return defaults | dict(config)
+
+
+def either(config: Config, *names: str) -> Any:
+    """The value under the first of these names that the file has; transformers renamed some keys."""
+    return next((config[name] for name in names if name in config), None) if names else None
 
 
 def refuse(config: Config, *switches: str) -> None:
