@@ -11,6 +11,9 @@ from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 class KVCache(ctypes.Structure):
     """One layer's K and V; ``type`` is an index of ``enum CacheType``."""
@@ -31,13 +34,23 @@ class QuantizedLinear(ctypes.Structure):
     ]
 
 
+class HeadNormParams(ctypes.Structure):
+    """What ``tr_head_norm`` reads and writes."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("qkv", "q_weight", "k_weight")),
+        *((name, c_int64) for name in ("num_tokens", "q_size", "kv_size", "q_width", "k_width")),
+        ("eps", c_float),
+    ]
+
+
 class RotateParams(ctypes.Structure):
     """What ``tr_rotate_and_cache`` reads and writes."""
 
     _fields_ = [
         ("cache", KVCache),
         *((name, c_void_p) for name in ("qkv", "positions", "cos_sin", "slots", "q")),
-        *((name, c_int64) for name in ("num_tokens", "num_heads")),
+        *((name, c_int64) for name in ("num_tokens", "num_heads", "rotary_dim")),
     ]
 
 
@@ -46,9 +59,12 @@ class AttentionParams(ctypes.Structure):
 
     _fields_ = [
         ("cache", KVCache),
-        *((name, c_void_p) for name in ("q", "q_sink", "block_tables", "query_start", "seq_lens", "out")),
+        *(
+            (name, c_void_p)
+            for name in ("q", "q_sink", "block_tables", "query_start", "seq_lens", "sink_logits", "out")
+        ),
         *((name, c_int64) for name in ("num_requests", "max_blocks", "num_heads", "window", "num_sinks")),
-        ("scale", c_float),
+        *((name, c_float) for name in ("scale", "softcap")),
     ]
 
 
@@ -85,9 +101,18 @@ class Forward(ctypes.Structure):
         *((name, c_void_p) for name in ("cos_sin", "positions", "sink_positions", "slots", "nowhere")),
         *((name, c_void_p) for name in ("block_tables", "query_start", "seq_lens")),
         *((name, c_int64) for name in ("num_layers", "num_tokens", "hidden_size", "num_heads", "num_requests")),
-        *((name, c_int64) for name in ("max_blocks", "activation", "gated", "centered_norms")),
+        *((name, c_int64) for name in ("max_blocks", "activation", "gated", "centered_norms", "rotary_dim")),
         ("eps", c_float),
     ]
+
+
+def address(x: Tensor | None, dtype: torch.dtype) -> int | None:
+    """Of a tensor that the caller owes us dense and of this dtype; None for one that is left out."""
+    if x is None:
+        return None
+    if x.dtype is not dtype or not x.is_contiguous():
+        raise TypeError(f"expected a contiguous {dtype} tensor, got {x.dtype} with strides {x.stride()}")
+    return x.data_ptr()
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -122,6 +147,7 @@ linear = _function("tr_linear", *(c_void_p,) * 4, *(c_int64,) * 4)
 quantized_linear = _function("tr_quantized_linear", ctypes.POINTER(QuantizedLinear))
 rms_norm = _function("tr_rms_norm", *_norm_arguments)
 layer_norm = _function("tr_layer_norm", *_norm_arguments)
+head_norm = _function("tr_head_norm", ctypes.POINTER(HeadNormParams))
 rotate_and_cache = _function("tr_rotate_and_cache", ctypes.POINTER(RotateParams))
 paged_attention = _function("tr_paged_attention", ctypes.POINTER(AttentionParams))
 forward = _function("tr_forward", ctypes.POINTER(Forward))

@@ -7,17 +7,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.transformer.attention import AttentionMetadata
-from tokenrelay.model.transformer.kernels import library, native
+from tokenrelay.model.transformer.decoder_layer import PreNormLayer
+from tokenrelay.model.transformer.kernels import library, native, native_attention
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, QuantizedLinear
 from tokenrelay.model.transformer.kv_cache import LayerCache
-from tokenrelay.model.transformer.transformer import DecoderLayer, Transformer
+from tokenrelay.model.transformer.layers import MLP
+from tokenrelay.model.transformer.transformer import Transformer
 
 
 def replace_layers(model: Transformer) -> None:
-    """Let ``model`` run its layers natively; its linears must be packed already."""
-    if model.config.head_dim <= native.MAX_HEAD_DIM:
+    """Let ``model`` run its layers natively, if it may; its linears must be packed already."""
+    if covers(model.config):
         model.run_layers = NativeLayers(model)  # type: ignore[method-assign]
+
+
+def covers(config: ModelConfig) -> bool:
+    """Whether every switch of the configuration is known here; what is not runs layer by layer."""
+    return (
+        config.norm_placement == "pre"
+        and not config.parallel_residual
+        and config.final_norm
+        and config.residual_scale == 1.0
+        and config.rotary_dim in (0, config.head_dim)
+        and not config.local_rope_theta
+        and not config.unrotated_layers
+        and not config.qk_norm
+        and not config.attention_softcap
+        and not config.learned_sinks
+        and config.experts is None
+        and config.activation in native.ACTIVATION_KINDS
+        and config.head_dim <= native_attention.MAX_HEAD_DIM
+    )
 
 
 class NativeLayers:
@@ -55,17 +77,18 @@ class NativeLayers:
         scratch = x.new_empty(rows * self._scratch, dtype=torch.uint8)
         sinks = metadata.sink_positions
         nowhere = None if sinks is None else torch.full_like(metadata.slot_mapping, -1)
+        indices = positions, sinks, metadata.slot_mapping, nowhere
         tables = metadata.block_tables, metadata.query_start_loc, metadata.seq_lens
         library.forward(
             library.Forward(
                 self._layers,
                 self._final_norm,
-                *(native.address(tensor, torch.float32) for tensor in (x, residual, normed, wide, narrow, q[0])),
+                *(library.address(tensor, torch.float32) for tensor in (x, residual, normed, wide, narrow, q[0])),
                 None if sinks is None else q[1].data_ptr(),
                 scratch.data_ptr(),
-                native.address(rotary, torch.float32),
-                *(native.address(tensor, torch.int64) for tensor in (positions, sinks, metadata.slot_mapping, nowhere)),
-                *(native.address(tensor, torch.int32) for tensor in tables),
+                library.address(rotary, torch.float32),
+                *(library.address(tensor, torch.int64) for tensor in indices),
+                *(library.address(tensor, torch.int32) for tensor in tables),
                 config.num_layers,
                 rows,
                 config.hidden_size,
@@ -74,13 +97,14 @@ class NativeLayers:
                 native.ACTIVATION_KINDS[config.activation],
                 config.gated_mlp,
                 config.norm != "rms",
+                0 if rotary is None else rotary.shape[1],
                 config.norm_eps,
             )
         )
         return normed
 
     def _bind(self, kv_cache: Sequence[LayerCache]) -> None:
-        described = [native.describe_cache(*cache) for cache in kv_cache]
+        described = [native_attention.describe_cache(*cache) for cache in kv_cache]
         self._is_covered = all(described)
         for layer, cache in zip(self._layers, described, strict=True):
             layer.cache = cache or library.KVCache()
@@ -88,7 +112,8 @@ class NativeLayers:
 
 
 def _layer(module: nn.Module) -> library.Layer:
-    assert isinstance(module, DecoderLayer)
+    assert isinstance(module, PreNormLayer)
+    assert isinstance(module.mlp, MLP)
     attention, mlp = module.attention, module.mlp
     return library.Layer(
         _norm(module.attention_norm),
@@ -102,14 +127,14 @@ def _layer(module: nn.Module) -> library.Layer:
 
 
 def _norm(module: nn.Module) -> library.Norm:
-    return library.Norm(*(native.address(getattr(module, name, None), torch.float32) for name in ("weight", "bias")))
+    return library.Norm(*(library.address(getattr(module, name, None), torch.float32) for name in ("weight", "bias")))
 
 
 def _matrix(linear: nn.Module) -> library.Matrix:
     assert isinstance(linear, PackedLinear | QuantizedLinear)
-    bias = native.address(linear.bias, torch.float32)
+    bias = library.address(linear.bias, torch.float32)
     sizes = linear.in_features, linear.out_features
     if isinstance(linear, PackedLinear):
         return library.Matrix(linear.weight.data_ptr(), None, None, bias, *sizes, 8 * linear.weight.itemsize)
-    minima = native.address(linear.minima, torch.float16)
+    minima = library.address(linear.minima, torch.float16)
     return library.Matrix(linear.panels.data_ptr(), linear.scales.data_ptr(), minima, bias, *sizes, 4 if minima else 8)

@@ -90,6 +90,12 @@ template <class W> struct AttentionTile {
         }
     }
 
+    __attribute__((noinline)) void cap_scores(size_t row, size_t from, size_t to) {
+        const f32x16 softcap = broadcast(a.softcap), inverse = broadcast(1.0f / a.softcap);
+        for (float* s = scores + row * CHUNK + from; s < scores + row * CHUNK + to; s += 16)
+            store(s, mul(softcap, tanh(mul(load(s), inverse))));
+    }
+
     // The scores of keys [from, to) of a chunk, in blocks of 16; what a row does not see gets -inf.
     template <int R, bool WIDE> void score(size_t row, size_t start, size_t from, size_t to) {
         constexpr int P = panels_for(R) > 2 ? 2 : panels_for(R);
@@ -97,6 +103,7 @@ template <class W> struct AttentionTile {
         for (; key + (P - 1) * 16 < to; key += P * 16) score_blocks<R, P, WIDE>(row, start, key);
         for (; key < to; key += 16) score_blocks<R, 1, WIDE>(row, start, key);
         for (size_t r = row; r < row + R; r++) {
+            if (a.softcap > 0.0f) cap_scores(r, from / 16 * 16, to);
             float* s = scores + r * CHUNK;
             const size_t hidden = first[r] > start ? least(first[r] - start, CHUNK) : 0;
             for (size_t i = 0; i < hidden; i++) s[i] = -__builtin_inff();
@@ -199,17 +206,18 @@ template <class W> struct AttentionTile {
         const size_t window = a.window ? a.window : SIZE_MAX / 2, whole = a.num_sinks + window;  // sees all keys below
         auto vector = [&](size_t r) { return task.vector + r % task.count; };
         auto position = [&](size_t r) { return a.seq_lens[task.request] - tokens + vector(r) / group; };
+        auto query_head = [&](size_t r) { return (task.head + r / task.count) * group + vector(r) % group; };
         auto offset = [&](size_t r) {  // in q and in out
-            const size_t head = (task.head + r / task.count) * group + vector(r) % group;
-            return ((token + vector(r) / group) * a.num_heads + head) * dim;
+            return ((token + vector(r) / group) * a.num_heads + query_head(r)) * dim;
         };
         auto load_queries = [&](const float* from) {
             for (size_t r = 0; r < rows; r++)
                 for (size_t d = 0, at = offset(r); d < dim; d++) q[r * dim + d] = from[at + d] * a.scale;
         };
         for (size_t r = 0; r < rows; r++) {
-            highest[r] = -__FLT_MAX__;  // finite: hidden keys that come before all others weigh exp(-inf), nothing
-            total[r] = broadcast(0.0f);
+            const float sink = a.sink_logits ? a.sink_logits[query_head(r)] : -__builtin_inff(), one = 1.0f;
+            highest[r] = sink > -__FLT_MAX__ ? sink : -__FLT_MAX__;  // finite: keys hidden before others weigh exp(-inf) = 0
+            total[r] = load_part(&one, a.sink_logits ? 1 : 0);
             for (size_t d = 0; d < padded; d++) acc[r * padded + d] = 0.0f;
         }
         if (a.num_sinks && position(task.count - 1) >= whole) {

@@ -84,6 +84,8 @@ void tr_layer_norm(const float* x, float* residual, const void* weight, const vo
     kernels->layer_norm(x, residual, weight, bias, out, rows, columns, eps, is_bf16);
 }
 
+void tr_head_norm(const HeadNormParams* params) { kernels->head_norm(params); }
+
 void tr_rotate_and_cache(const RotateParams* params) { kernels->rotate_and_cache(params); }
 
 void tr_paged_attention(const AttentionParams* params) { kernels->paged_attention(params); }

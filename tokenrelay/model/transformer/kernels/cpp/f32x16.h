@@ -210,10 +210,16 @@ TR_INLINE void store_part(float* p, f32x16 a, size_t n) {
     for (size_t i = 0; i < n; i++) p[i] = lanes[i];
 }
 
+// The second one if either is NaN, as with max.
+TR_INLINE f32x16 min(f32x16 a, f32x16 b) {
+    const f32x16 zero = broadcast(0.0f);
+    return sub(zero, max(sub(zero, a), sub(zero, b)));
+}
+
 // e^x within 2 ulp on [-87, 88]: exactly 0 below, capped above, exactly 1 at 0.
 // x = n ln2 + r; a polynomial (Cephes) gives e^r; n is added to the exponent bits.
 TR_INLINE f32x16 exp(f32x16 x) {
-    f32x16 capped = sub(broadcast(0.0f), max(broadcast(-EXP_MAX), sub(broadcast(0.0f), max(x, broadcast(EXP_MIN)))));
+    f32x16 capped = min(broadcast(EXP_MAX), max(x, broadcast(EXP_MIN)));
     f32x16 rounded = fma(capped, broadcast(1.44269504088896341f), broadcast(EXP_MAGIC));
     f32x16 n = sub(rounded, broadcast(EXP_MAGIC));
     f32x16 r = fma(n, broadcast(-0.693359375f), capped);
@@ -226,6 +232,11 @@ TR_INLINE f32x16 exp(f32x16 x) {
     p = fma(p, r, broadcast(5.0000001201e-1f));
     f32x16 power = add(fma(p, mul(r, r), r), broadcast(1.0f));
     return zero_where_below(times_power_of_two(power, rounded), x, EXP_MIN);
+}
+
+// Within 2^-22 of the true value, exactly 1 and -1 far from 0.
+TR_INLINE f32x16 tanh(f32x16 x) {
+    return sub(broadcast(1.0f), div(broadcast(2.0f), add(exp(add(x, x)), broadcast(1.0f))));
 }
 
 }  // namespace

@@ -18,15 +18,15 @@ void add_norm(const Forward& a, const Norm& norm_, const float* x) {
 }
 
 void attend(const Forward& a, const Layer& layer) {
-    RotateParams rotation{layer.cache, a.wide, a.positions, a.cos_sin, a.slots, a.q, a.num_tokens, a.num_heads};
+    RotateParams rotation{layer.cache, a.wide, a.positions, a.cos_sin, a.slots, a.q, a.num_tokens, a.num_heads, a.rotary_dim};
     rotate_and_cache(&rotation);
     if (a.q_sink) {
-        RotateParams again{layer.cache, a.wide, a.sink_positions, a.cos_sin, a.nowhere, a.q_sink, a.num_tokens, a.num_heads};
+        RotateParams again{layer.cache, a.wide, a.sink_positions, a.cos_sin, a.nowhere, a.q_sink, a.num_tokens, a.num_heads, a.rotary_dim};
         rotate_and_cache(&again);
     }
     AttentionParams attention{layer.cache, a.q,            a.q_sink,     a.block_tables, a.query_start,
-                              a.seq_lens,  a.narrow,       a.num_requests, a.max_blocks, a.num_heads,
-                              layer.window, layer.num_sinks, layer.scale};
+                              a.seq_lens,  nullptr, a.narrow,       a.num_requests, a.max_blocks, a.num_heads,
+                              layer.window, layer.num_sinks, layer.scale, 0.0f};
     paged_attention(&attention);
 }
 

@@ -6,7 +6,7 @@
 
 using f16 = uint16_t;  // IEEE half precision, as GGUF's scales
 
-enum Activation { SILU, GELU, GELU_TANH, RELU };
+enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SWIGLU_OAI };
 enum CacheType { FLOAT32, BFLOAT16, INT8 };
 
 // K lies with keys as the lanes of a score vector, V with rows of whole vectors. An int8 vector stands for its elements
@@ -20,18 +20,28 @@ struct KVCache {
     int64_t num_kv_heads, head_dim, block_size, type;
 };
 
+// RMS norm in place of every q_width elements of q and every k_width of k: a head each, or all of them.
+struct HeadNormParams {
+    float* qkv;             // [T, q_size + 2 kv_size]
+    const float* q_weight;  // [q_width]
+    const float* k_weight;  // [k_width]
+    int64_t num_tokens, q_size, kv_size, q_width, k_width;
+    float eps;
+};
+
 struct RotateParams {
     KVCache cache;
     const float* qkv;          // [T, (H + 2 KV) D]
     const int64_t* positions;  // [T], rows of cos_sin
-    const float* cos_sin;      // [rows, D], or null: no rotation
+    const float* cos_sin;      // [rows, rotary_dim]
     const int64_t* slots;      // [T], negative: not written
     float* q;                  // [T, H, D]
-    int64_t num_tokens, num_heads;
+    int64_t num_tokens, num_heads, rotary_dim;  // so many elements of a head turn; 0: none
 };
 
 // A query at position p sees the keys 0 … p. From p = num_sinks + window on, if there is a window, it sees the first
-// num_sinks keys, with its vector in q_sink instead of q, and the last `window` ones.
+// num_sinks keys, with its vector in q_sink instead of q, and the last `window` ones. Scaled scores s become
+// softcap * tanh(s / softcap), unless softcap is 0; a head's sink logit is one more score, of no key.
 struct AttentionParams {
     KVCache cache;
     const float* q;               // [T, H, D]
@@ -39,9 +49,10 @@ struct AttentionParams {
     const int32_t* block_tables;  // [B, max_blocks]; entries of blocks that no query of the step sees are not read
     const int32_t* query_start;   // [B + 1]
     const int32_t* seq_lens;      // [B], context including the tokens of this step
+    const float* sink_logits;     // [H], or null
     float* out;                   // [T, H, D]
     int64_t num_requests, max_blocks, num_heads, window, num_sinks;
-    float scale;
+    float scale, softcap;
 };
 
 // out = x W^T + bias, W[n, k] = integer * scale (+ minimum) of its group of 32 k. Panels of 16 columns, the last one padded;
@@ -99,7 +110,7 @@ struct Forward {
     const int32_t* block_tables;
     const int32_t* query_start;
     const int32_t* seq_lens;
-    int64_t num_layers, num_tokens, hidden_size, num_heads, num_requests, max_blocks, activation, gated, centered_norms;
+    int64_t num_layers, num_tokens, hidden_size, num_heads, num_requests, max_blocks, activation, gated, centered_norms, rotary_dim;
     float eps;
 };
 
@@ -113,9 +124,10 @@ struct Kernels {
                      int64_t columns, float eps, int64_t is_bf16);
     void (*layer_norm)(const float* x, float* residual, const void* weight, const void* bias, float* out, int64_t rows,
                        int64_t columns, float eps, int64_t is_bf16);
+    void (*head_norm)(const HeadNormParams* params);
     void (*rotate_and_cache)(const RotateParams* params);
     void (*paged_attention)(const AttentionParams* params);
-    // gated: x[T, 2C], out = act(x[:, :C]) * x[:, C:]; otherwise x[T, C], out = act(x)
+    // gated: x[T, 2C], out = act(x[:, :C]) * x[:, C:]; otherwise x[T, C], out = act(x). SWIGLU_OAI is gated by definition.
     void (*activation)(const float* x, float* out, int64_t rows, int64_t columns, int64_t kind, int64_t gated);
     void (*forward)(const Forward* params);
 };

@@ -48,5 +48,5 @@ template <int MOST = MAX_ROWS, class F> TR_INLINE void for_row_groups(size_t beg
 #include "attention.inl"
 #include "forward.inl"
 
-const Kernels TR_KERNELS = {linear,           quantized_linear, norm<false>, norm<true>,
+const Kernels TR_KERNELS = {linear,           quantized_linear, norm<false>, norm<true>, head_norm,
                             rotate_and_cache, paged_attention,  activation,  forward};

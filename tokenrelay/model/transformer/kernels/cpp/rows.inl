@@ -31,24 +31,29 @@ TR_INLINE void scale_row(const float* x, float mean, float factor, const W* weig
 }
 
 template <bool CENTER, class W>
+TR_INLINE void norm_row(const float* x, const W* weight, const W* bias, float* out, size_t columns, float eps) {
+    float mean = 0.0f;
+    if (CENTER) {
+        f32x16 total = broadcast(0.0f);
+        for (size_t i = 0; i < columns; i += 16) total = add(total, load_part(x + i, columns - i));
+        mean = sum(total) / float(columns);
+    }
+    f32x16 squares = broadcast(0.0f);
+    for (size_t i = 0; i < columns; i += 16) {
+        f32x16 d = sub(load_part(x + i, columns - i, mean), broadcast(mean));
+        squares = fma(d, d, squares);
+    }
+    float factor = 1.0f / __builtin_sqrtf(sum(squares) / float(columns) + eps);
+    scale_row(x, mean, factor, weight, bias, out, columns);
+}
+
+template <bool CENTER, class W>
 void norm_of(const float* x, float* residual, const W* weight, const W* bias, float* out, size_t rows, size_t columns,
              float eps) {
     parallel_rows(rows, columns, [=](size_t row) {
         size_t start = row * columns;
         const float* from = add_residual(x + start, residual ? residual + start : nullptr, columns);
-        float mean = 0.0f;
-        if (CENTER) {
-            f32x16 total = broadcast(0.0f);
-            for (size_t i = 0; i < columns; i += 16) total = add(total, load_part(from + i, columns - i));
-            mean = sum(total) / float(columns);
-        }
-        f32x16 squares = broadcast(0.0f);
-        for (size_t i = 0; i < columns; i += 16) {
-            f32x16 d = sub(load_part(from + i, columns - i, mean), broadcast(mean));
-            squares = fma(d, d, squares);
-        }
-        float factor = 1.0f / __builtin_sqrtf(sum(squares) / float(columns) + eps);
-        scale_row(from, mean, factor, weight, bias, out + start, columns);
+        norm_row<CENTER>(from, weight, bias, out + start, columns, eps);
     });
 }
 
@@ -57,6 +62,17 @@ void norm(const float* x, float* residual, const void* weight, const void* bias,
           int64_t columns, float eps, int64_t is_bf16) {
     if (is_bf16) norm_of<CENTER>(x, residual, (const bf16*)weight, (const bf16*)bias, out, rows, columns, eps);
     else norm_of<CENTER>(x, residual, (const float*)weight, (const float*)bias, out, rows, columns, eps);
+}
+
+void head_norm(const HeadNormParams* params) {
+    const HeadNormParams& a = *params;
+    const size_t q_size = a.q_size, kv_size = a.kv_size;
+    parallel_rows(a.num_tokens, q_size + 2 * kv_size, [&](size_t token) {
+        float *q = a.qkv + token * (q_size + 2 * kv_size), *k = q + q_size;
+        const float* no_bias = nullptr;
+        for (size_t i = 0; i < q_size; i += a.q_width) norm_row<false>(q + i, a.q_weight, no_bias, q + i, a.q_width, a.eps);
+        for (size_t i = 0; i < kv_size; i += a.k_width) norm_row<false>(k + i, a.k_weight, no_bias, k + i, a.k_width, a.eps);
+    });
 }
 
 TR_INLINE f32x16 times_sigmoid(f32x16 x, f32x16 u) {
@@ -73,10 +89,21 @@ TR_INLINE f32x16 gelu(f32x16 x) {
 template <int KIND> TR_INLINE f32x16 activate(f32x16 x) {
     if (KIND == SILU) return times_sigmoid(x, x);
     if (KIND == GELU) return gelu(x);
-    if (KIND == RELU) return max(broadcast(0.0f), x);
+    if (KIND == RELU || KIND == RELU2) {
+        const f32x16 positive = max(broadcast(0.0f), x);
+        return KIND == RELU ? positive : mul(positive, positive);
+    }
     // 0.5 x (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
     f32x16 inner = fma(mul(x, x), broadcast(0.044715f * 1.5957691216057308f), broadcast(1.5957691216057308f));
     return times_sigmoid(x, mul(x, inner));
+}
+
+template <int KIND> TR_INLINE f32x16 activate_gate(f32x16 gate, f32x16 up) {
+    if (KIND != SWIGLU_OAI) return mul(activate<KIND>(gate), up);
+    const f32x16 limit = broadcast(7.0f), one = broadcast(1.0f);
+    gate = min(limit, gate);
+    up = min(limit, max(broadcast(-7.0f), up));
+    return mul(times_sigmoid(gate, mul(gate, broadcast(1.702f))), add(up, one));
 }
 
 template <int KIND> void activation_of(const float* x, float* out, size_t rows, size_t columns, bool gated) {
@@ -85,9 +112,8 @@ template <int KIND> void activation_of(const float* x, float* out, size_t rows, 
         const float* from = x + row * stride;
         for (size_t i = 0; i < columns; i += 16) {
             size_t n = columns - i;
-            f32x16 y = activate<KIND>(load_part(from + i, n));
-            if (gated) y = mul(y, load_part(from + columns + i, n));
-            store_part(out + row * columns + i, y, n);
+            const f32x16 x = load_part(from + i, n);
+            store_part(out + row * columns + i, gated ? activate_gate<KIND>(x, load_part(from + columns + i, n)) : activate<KIND>(x), n);
         }
     });
 }
@@ -96,21 +122,20 @@ void activation(const float* x, float* out, int64_t rows, int64_t columns, int64
     if (kind == SILU) activation_of<SILU>(x, out, rows, columns, gated);
     else if (kind == GELU) activation_of<GELU>(x, out, rows, columns, gated);
     else if (kind == GELU_TANH) activation_of<GELU_TANH>(x, out, rows, columns, gated);
-    else activation_of<RELU>(x, out, rows, columns, gated);
+    else if (kind == RELU) activation_of<RELU>(x, out, rows, columns, gated);
+    else if (kind == RELU2) activation_of<RELU2>(x, out, rows, columns, gated);
+    else activation_of<SWIGLU_OAI>(x, out, rows, columns, gated);
 }
 
-// One head, NeoX style: element i turns with element i + D/2 by the angle of its position.
-TR_INLINE void rotate(const float* x, const float* cos_sin, float* out, size_t head_dim) {
-    if (!cos_sin) {
-        __builtin_memcpy(out, x, head_dim * sizeof(float));
-        return;
-    }
-    size_t half = head_dim / 2;
+// One head, NeoX style: of the first rotary_dim elements i turns with i + rotary_dim / 2 by the angle of its position.
+TR_INLINE void rotate(const float* x, const float* cos_sin, float* out, size_t head_dim, size_t rotary_dim) {
+    const size_t half = rotary_dim / 2;
     const float *cosine = cos_sin, *sine = cos_sin + half;
     for (size_t i = 0; i < half; i++) {
         out[i] = __builtin_fmaf(x[i], cosine[i], -(x[i + half] * sine[i]));
         out[i + half] = __builtin_fmaf(x[i + half], cosine[i], x[i] * sine[i]);
     }
+    __builtin_memcpy(out + rotary_dim, x + rotary_dim, (head_dim - rotary_dim) * sizeof(float));
 }
 
 // A key or value vector into the cache, element i at to[i * stride].
@@ -137,14 +162,15 @@ template <class W> void write_token(const RotateParams& a, size_t token) {
     const KVCache& cache = a.cache;
     const size_t dim = cache.head_dim, padded = (dim + 15) / 16 * 16, kv_heads = cache.num_kv_heads;
     const float* from = a.qkv + token * (a.num_heads + 2 * kv_heads) * dim;
-    const float* angles = a.cos_sin ? a.cos_sin + a.positions[token] * dim : nullptr;
+    const size_t rotary_dim = a.rotary_dim;
+    const float* angles = rotary_dim ? a.cos_sin + a.positions[token] * rotary_dim : nullptr;
     for (size_t h = 0; h < size_t(a.num_heads); h++, from += dim)
-        rotate(from, angles, a.q + (token * a.num_heads + h) * dim, dim);
+        rotate(from, angles, a.q + (token * a.num_heads + h) * dim, dim, rotary_dim);
     if (a.slots[token] < 0) return;
     const size_t size = cache.block_size, block = a.slots[token] / size, offset = a.slots[token] % size;
     for (size_t h = 0; h < kv_heads; h++, from += dim) {
         float turned[MAX_HEAD_DIM];
-        rotate(from, angles, turned, dim);
+        rotate(from, angles, turned, dim, rotary_dim);
         W* keys = (W*)cache.keys + block * cache.key_stride + h * dim * size + offset;
         W* values = (W*)cache.values + block * cache.value_stride + (h * size + offset) * padded;
         const size_t slot = (block * kv_heads + h) * size + offset;
