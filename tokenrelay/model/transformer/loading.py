@@ -46,8 +46,8 @@ def load_transformer(
 
     Matrices that come quantized stay so where there are kernels for it; others are brought to 8 bits if ``in_8_bits``.
 
-    On a CPU activations are fp32 whatever the weights are: its kernels accumulate in fp32 anyway. Peak memory is
-    the weights in ``dtype`` and one tensor.
+    On a CPU activations are fp32 whatever the weights are: its kernels accumulate in fp32 anyway. Norms' weights are
+    fp32 everywhere. Peak memory is the weights in ``dtype`` and one tensor.
 
     Raises:
         WeightsError: the tensors do not fit the network.
@@ -68,13 +68,23 @@ def _empty(
     config: ModelConfig, max_model_len: int, attention_sinks: int, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
     """The network with uninitialised parameters in their final types."""
-    with torch.device("meta"):
-        model = Transformer(config, max_model_len, attention_sinks).to(dtype)
-    _keep_in_fp32(model, norms=device.type == "cpu", linears=device.type == "cpu" and not native.is_available())
+    model = typed(config, max_model_len, attention_sinks, dtype, device)
     materialise(model, device)
     _compute_positions(model, max_model_len, device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def typed(
+    config: ModelConfig, max_model_len: int, attention_sinks: int, dtype: torch.dtype, device: torch.device
+) -> Transformer:
+    """The network on the meta device, every parameter of the type that it has on ``device``."""
+    with torch.device("meta"):
+        model = Transformer(config, max_model_len, attention_sinks).to(dtype)
+    on_cpu = device.type == "cpu"
+    model.activation_dtype = torch.float32 if on_cpu else dtype
+    _keep_in_fp32(model, with_linears=on_cpu and not native.is_available())
     return model
 
 
@@ -97,9 +107,9 @@ def _compute_positions(model: Transformer, max_model_len: int, device: torch.dev
         model.embed_positions.table = sinusoidal_table(max_model_len, config.hidden_size).to(device)
 
 
-def _keep_in_fp32(model: nn.Module, *, norms: bool, linears: bool) -> None:
-    """Learned sinks always; matrices only where stock torch multiplies them, which needs one type, slow in bf16."""
-    kinds = (RMSNorm, LayerNorm) * norms + (nn.Linear, nn.Embedding) * linears
+def _keep_in_fp32(model: nn.Module, *, with_linears: bool) -> None:
+    """Norms and learned sinks always; matrices only where torch multiplies them, which needs one type, slow in bf16."""
+    kinds = (RMSNorm, LayerNorm, nn.Linear, nn.Embedding) if with_linears else (RMSNorm, LayerNorm)
     for module in model.modules():
         if isinstance(module, kinds):
             module.float()
