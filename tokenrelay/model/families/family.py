@@ -60,8 +60,8 @@ def stated(config: Config, **defaults: Any) -> dict[str, Any]:
 
 
 def either(config: Config, *names: str) -> Any:
-    """The value under the first of these names that the file has; transformers renamed some keys."""
-    return next((config[name] for name in names if name in config), None) if names else None
+    """The value under the first of these names that the file has (KeyError: none); transformers renamed some keys."""
+    return config[next((name for name in names if name in config), names[0])]
 
 
 def refuse(config: Config, *switches: str) -> None:
