@@ -17,7 +17,7 @@ class Rule(NamedTuple):
     pattern: str  # of the checkpoint's name: a regular expression for all of it
     target: str  # our name, with the pattern's groups; empty: what it holds is computed here; with EXPERT: a stack
     shard: str = ""  # which rows of a merged matrix: q, k, v, gate or up
-    layout: str = ""  # how it is stored, if not as we have it: a name in ``weights.layouts``
+    layout: str = ""  # how it, or an expert's part of it, is stored, if not as we have it: of ``weights.layouts``
 
 
 class Family(NamedTuple):
