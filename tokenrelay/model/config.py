@@ -77,6 +77,7 @@ class ModelConfig:
     norm_placement: Literal["pre", "post", "sandwich", "after_sum"] = "pre"
     parallel_residual: bool = False  # x + attention(norm x) + mlp(norm x)
     shared_norm: bool = False  # one norm for both of these
+    norm_weight: bool = True  # False: norms do not scale what they normalised
     norm_bias: bool = True  # of layer norms; rms norms have none
     final_norm: bool = True
 

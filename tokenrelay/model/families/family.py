@@ -33,6 +33,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
@@ -51,6 +52,16 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
+
+
+def stated(config: Config, **defaults: Any) -> dict[str, Any]:
+    """The file's words, and transformers' for the family where it is silent: published files leave keys out."""
+    return defaults | dict(config)
+
+
+def either(config: Config, *names: str) -> Any:
+    """The value under the first of these names that the file has (KeyError: none); transformers renamed some keys."""
+    return config[next((name for name in names if name in config), names[0])]
 
 
 def refuse(config: Config, *switches: str) -> None:

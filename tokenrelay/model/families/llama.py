@@ -1,32 +1,52 @@
-"""Llama 1 to 3, SmolLM2, Mistral: the network whose switches are ``ModelConfig``'s defaults. (Touvron et al. 2023)"""
+"""Llama 1 to 3, SmolLM2: the network whose switches are ``ModelConfig``'s defaults. (Touvron et al. 2023)
+
+Most other families are this one with other switches, and take its reader and its tables.
+"""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from tokenrelay.model.config import ModelConfig, UnsupportedModelError
 from tokenrelay.model.families.family import Config, Rule, activation, token_ids
 from tokenrelay.model.families.rope_parameters import max_position_embeddings, read_rope_scaling, rope_parameters
 
-RULES = (
+LAYER = r"model\.layers\.(\d+)\."
+EMBEDDINGS = (
     Rule(r"model\.embed_tokens\.(weight)", r"embed_tokens.\1"),
-    Rule(r"model\.layers\.(\d+)\.input_layernorm\.(weight)", r"layers.\1.attention_norm.\2"),
-    Rule(r"model\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", r"layers.\1.attention.qkv_proj.\3", r"\2"),
-    Rule(r"model\.layers\.(\d+)\.self_attn\.o_proj\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
-    Rule(r"model\.layers\.(\d+)\.post_attention_layernorm\.(weight)", r"layers.\1.mlp_norm.\2"),
-    Rule(r"model\.layers\.(\d+)\.mlp\.(gate|up)_proj\.(weight|bias)", r"layers.\1.mlp.up_proj.\3", r"\2"),
-    Rule(r"model\.layers\.(\d+)\.mlp\.down_proj\.(weight|bias)", r"layers.\1.mlp.down_proj.\2"),
-    Rule(r"model\.norm\.(weight)", r"norm.\1"),
-    Rule(r"lm_head\.(weight)", r"lm_head.\1"),
+    Rule(r"lm_head\.(weight|bias)", r"lm_head.\1"),
     Rule(r".*\.rotary_emb\.inv_freq", ""),
 )
+FINAL_NORM = (Rule(r"model\.norm\.(weight|bias)", r"norm.\1"),)
+NORMS = (
+    Rule(LAYER + r"input_layernorm\.(weight|bias)", r"layers.\1.attention_norm.\2"),
+    Rule(LAYER + r"post_attention_layernorm\.(weight|bias)", r"layers.\1.mlp_norm.\2"),
+)
+ATTENTION = (
+    Rule(LAYER + r"self_attn\.([qkv])_proj\.(weight|bias)", r"layers.\1.attention.qkv_proj.\3", r"\2"),
+    Rule(LAYER + r"self_attn\.o_proj\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
+)
+QK_NORM = (Rule(LAYER + r"self_attn\.([qk])_norm\.(weight)", r"layers.\1.attention.\2_norm.\3"),)
+MLP = (
+    Rule(LAYER + r"mlp\.(gate|up)_proj\.(weight|bias)", r"layers.\1.mlp.up_proj.\3", r"\2"),
+    Rule(LAYER + r"mlp\.down_proj\.(weight|bias)", r"layers.\1.mlp.down_proj.\2"),
+)
+FUSED_MLP = (Rule(LAYER + r"mlp\.gate_up_proj\.(weight)", r"layers.\1.mlp.up_proj.\2"),)
+PAIRED_ATTENTION = (  # the rotation turns neighbouring elements, ours those half a head apart
+    Rule(LAYER + r"self_attn\.([qk])_proj\.(weight|bias)", r"layers.\1.attention.qkv_proj.\3", r"\2", "paired_rotary"),
+    *ATTENTION,
+)
+RULES = EMBEDDINGS + FINAL_NORM + NORMS + ATTENTION + MLP
 
 
-def read(config: Config) -> ModelConfig:
-    """Llama's own; others begin with it."""
+def read(config: Config, *, rotates_parts: bool = False) -> ModelConfig:
+    """Llama's own; others begin with it. ``rotates_parts``: the rotation may leave out the end of each head."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rope = rope_parameters(config, head_dim)
+    if rope["rotary_dim"] != head_dim and not rotates_parts:
+        raise UnsupportedModelError(
+            f"{config['model_type']} with partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported; "
+            "only whole heads (1.0) are"
+        )
     rope_scaling = read_rope_scaling(rope)
     return ModelConfig(
         architecture=config["model_type"],
@@ -45,18 +65,10 @@ def read(config: Config) -> ModelConfig:
         positions="rotary",
         rope_theta=rope["rope_theta"],
         rope_scaling=rope_scaling,
+        rotary_dim=0 if rope["rotary_dim"] == head_dim else rope["rotary_dim"],
         attention_bias=config.get("attention_bias", False),
         output_bias=config.get("attention_bias", False),
         mlp_bias=config.get("mlp_bias", False),
         tie_word_embeddings=config.get("tie_word_embeddings", False),
         eos_token_ids=token_ids(config.get("eos_token_id")),
     )
-
-
-def read_mistral(config: Config) -> ModelConfig:
-    """Llama's network and tensors, with a window; what the file leaves out has transformers' values for Mistral."""
-    stated = {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096} | dict(config)
-    window = stated["sliding_window"] or 0
-    if type(window) is not int or window < 0:
-        raise UnsupportedModelError(f"sliding_window must be null or a number of tokens, not {window!r}")
-    return replace(read(stated), sliding_window=window)

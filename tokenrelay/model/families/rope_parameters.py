@@ -33,9 +33,34 @@ def rope_parameters(config: Config, head_dim: int) -> dict[str, Any]:
         "original_max_position_embeddings": _length(rope, "original_max_position_embeddings", length),
     }
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if part not in (None, 1):
-        raise UnsupportedModelError(f"partial_rotary_factor {part!r} is not supported; only whole heads (1.0) are")
-    return rope | {"max_position_embeddings": length, "num_frequencies": head_dim // 2}
+    rope |= {"partial_rotary_factor": part, "rotary_dim": _rotary_dim(part, head_dim)}
+    return rope | {"max_position_embeddings": length, "num_frequencies": rope["rotary_dim"] // 2}
+
+
+def _rotary_dim(part: Any, head_dim: int) -> int:
+    """How many of a head's first elements turn."""
+    rotary_dim = int(head_dim * _positive(1 if part is None else part, "partial_rotary_factor"))
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise UnsupportedModelError(f"partial_rotary_factor {part!r} rotates {rotary_dim} elements of {head_dim}")
+    return rotary_dim
+
+
+def by_layer_type(config: Config, *, theta: float, local_theta: float) -> tuple[dict[str, Any], float]:
+    """The file with the parameters of the layers that see all, and the theta of those with a window.
+
+    Files before transformers 5 state the former's as ``rope_theta`` and ``rope_scaling``. UnsupportedModelError: the
+    positions of layers with a window are scaled.
+    """
+    stated = config.get("rope_parameters") or {}
+    nested = bool({"full_attention", "sliding_attention"} & stated.keys())
+    local = (stated.get("sliding_attention") or {}) if nested else {}
+    if local.get("rope_type", "default") != "default":
+        raise UnsupportedModelError(f"rope_parameters: sliding_attention with {local['rope_type']!r} is not supported")
+    full = dict((stated.get("full_attention") or {}) if nested else stated) | dict(config.get("rope_scaling") or {})
+    full.setdefault("rope_theta", config.get("rope_theta", theta))
+    flat = dict(config) | {"rope_parameters": full, "rope_scaling": None}
+    windowed = local.get("rope_theta", config.get("rope_local_base_freq", local_theta))
+    return flat, _positive(windowed, "rope_theta of layers with a window")
 
 
 def _known_type(rope: Config) -> str:

@@ -129,12 +129,12 @@ def _fill(
     """
     config = model.config
     parameters = dict(model.named_parameters())  # a tied head is listed once, as the embedding
-    unfilled = {name: parameter.shape[0] for name, parameter in parameters.items()}
+    unfilled = _rows_to_fill(parameters, config)
     kept: dict[str, dict[int, Quantized]] = defaultdict(dict)  # by name, and by the row at which each begins
     for name, target, shard, layout, tensor in _placed(tensors, rules):
         if not target or (config.tie_word_embeddings and target == "lm_head.weight"):
             continue
-        if target not in parameters:
+        if target not in unfilled:
             raise WeightsError(f"tensor {name!r} has no place in a {config.architecture} network of this configuration")
         start, end = _span(parameters[target], shard, config)
         rows = parameters[target][start:end]
@@ -144,12 +144,28 @@ def _fill(
             kept[matrix][start] = tensor
         if not (isinstance(tensor, Quantized) and matrix == target and keep_quantized):
             values = tensor.dequantized() if isinstance(tensor, Quantized) else tensor
-            _copy(name, LAYOUTS[layout](values, config) if layout else values, rows)
+            _copy(name, _laid_out(name, layout, values, config), rows)
         unfilled[target] -= end - start
     missing = sorted(name for name, rows in unfilled.items() if rows > 0)
     if missing:
         raise WeightsError(f"the checkpoint does not fill {', '.join(missing[:8])} ({len(missing)} in all)")
     return {name: whole for name, shards in kept.items() if (whole := _whole(shards, parameters.get(name)))}
+
+
+def _rows_to_fill(parameters: Mapping[str, Tensor], config: ModelConfig) -> dict[str, int]:
+    """How many rows of each parameter the checkpoint has to bring; norms that do not scale are filled with ones."""
+    constant = [] if config.norm_weight else [name for name in parameters if name.endswith("norm.weight")]
+    for name in constant:
+        parameters[name].data.fill_(1)
+    return {name: parameter.shape[0] for name, parameter in parameters.items() if name not in constant}
+
+
+def _laid_out(name: str, layout: str, stored: Tensor, config: ModelConfig) -> Tensor:
+    """As our network holds it."""
+    try:
+        return LAYOUTS[layout](stored, config) if layout else stored
+    except (RuntimeError, IndexError) as error:
+        raise WeightsError(f"tensor {name!r} of shape {list(stored.shape)} is not {layout}: {error}") from error
 
 
 def _matrix_of(target: str, config: ModelConfig) -> str:
@@ -174,6 +190,8 @@ def _placed(
     """Each tensor with its name, our name for it, its rows there and its layout; a stack of experts' is taken apart."""
     for name, tensor in tensors:
         target, shard, layout = _place(name, rules)
+        if EXPERT in target and not tensor.shape:
+            raise WeightsError(f"tensor {name!r} is one number, not a stack of experts")
         if EXPERT in target:
             for expert, own in enumerate(_unstacked(tensor)):
                 yield name, target.replace(EXPERT, str(expert)), shard, layout, own
