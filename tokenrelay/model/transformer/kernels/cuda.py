@@ -55,8 +55,10 @@ def paged_attention(
     q_sink: Tensor | None = None,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
-    _refuse(int8=key_scales is not None, sinks=num_sinks > 0)
+    _refuse(int8=key_scales is not None, sinks=num_sinks > 0, logits=softcap > 0 or sink_logits is not None)
     out = varlen_attn(
         q,
         k_cache,
@@ -76,8 +78,10 @@ def paged_attention(
     return out.flatten(1)
 
 
-def _refuse(*, int8: bool = False, sinks: bool = False) -> None:
+def _refuse(*, int8: bool = False, sinks: bool = False, logits: bool = False) -> None:
     if int8:
         raise ValueError("an int8 KV cache is not supported on CUDA; use bfloat16, float16 or float32")
     if sinks:
         raise ValueError("attention sinks are not supported on CUDA; set attention_sinks to 0 or run on the CPU")
+    if logits:
+        raise ValueError("this network caps its attention scores or has learned sinks, which CUDA does not support yet")
