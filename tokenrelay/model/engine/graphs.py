@@ -82,12 +82,12 @@ class GraphExecutor:
         """As the eager executor."""
         return self._eager.compute_logits(hidden)
 
-    @torch.inference_mode()
     def _capture(self, size: int, capture: Capture) -> _Graph:
         inputs = empty_step(size, self._width)
         buffer = inputs.packed().to(self._eager.device, copy=True)
         tensors = inputs.unpacked(buffer)
-        return _Graph(buffer, capture(lambda: self._eager.run(tensors)))
+        with torch.inference_mode():
+            return _Graph(buffer, capture(lambda: self._eager.run(tensors)))
 
 
 class CudaCapture:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from tokenrelay.model.config import ModelConfig, UnsupportedModelError
 from tokenrelay.model.families import gpt2, llama
-from tokenrelay.model.families.family import Config, Family, Rule
+from tokenrelay.model.families.family import EXPERT, Config, Family, Rule
 
-__all__ = ["FAMILIES", "Config", "Family", "Rule", "read_hf_config"]
+__all__ = ["EXPERT", "FAMILIES", "Config", "Family", "Rule", "read_hf_config"]
 
 FAMILIES = {
     "gpt2": Family(gpt2.read, gpt2.RULES),

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 from tokenrelay.model.config import Activation, ModelConfig, UnsupportedModelError
 
 Config = Mapping[str, Any]
+EXPERT = "{expert}"
 
 
 class Rule(NamedTuple):
     """Where a checkpoint's tensors of one kind go."""
 
     pattern: str  # of the checkpoint's name: a regular expression for all of it
-    target: str  # our name, with the pattern's groups; empty: what it holds is computed here
+    target: str  # our name, with the pattern's groups; empty: what it holds is computed here; with EXPERT: a stack
     shard: str = ""  # which rows of a merged matrix: q, k, v, gate or up
     layout: str = ""  # how it is stored, if not as we have it: a name in ``weights.layouts``
 

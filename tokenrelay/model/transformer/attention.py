@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kv_cache import LayerCache
+from tokenrelay.model.transformer.layers import RMSNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Attention(nn.Module):
     inside the window is the same either way. Only the distance to a sink would grow with the text, so for the sinks,
     and for them alone, the query is rotated a second time, to that fixed place (``AttentionMetadata.sink_positions``).
     No key is ever rotated again: the cache holds it as it was written, and may share its blocks.
+
+    ``sinks`` are another remedy for the same need: a learned logit per head, which takes part in its softmax.
     """
 
     def __init__(self, config: ModelConfig, window: int = 0, num_sinks: int = 0) -> None:
@@ -41,8 +44,10 @@ class Attention(nn.Module):
         width = config.q_size + 2 * config.kv_size
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.o_proj = nn.Linear(config.q_size, config.hidden_size, bias=config.output_bias)
+        self.q_norm, self.k_norm = _query_and_key_norms(config)
+        self.sinks = nn.Parameter(torch.empty(config.num_heads)) if config.learned_sinks else None
         self._num_heads, self._num_kv_heads = config.num_heads, config.num_kv_heads
-        self.scale = config.head_dim**-0.5
+        self.scale, self._softcap = config.attention_scale or config.head_dim**-0.5, config.attention_softcap
         self.window, self.num_sinks = window, num_sinks
 
     def forward(
@@ -50,6 +55,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [T, C] → [T, C]; writes the keys and values of the T tokens to the cache."""
         qkv = self.qkv_proj(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            weights = self.q_norm.weight, self.k_norm.weight
+            kernels.head_norm(qkv, *weights, self._num_heads, self._num_kv_heads, self.q_norm.eps)
         q = self._rotate(qkv, positions, rotary, cache, metadata.slot_mapping)
         q_sink = None
         if metadata.sink_positions is not None:
@@ -68,6 +76,8 @@ class Attention(nn.Module):
             q_sink,
             cache.key_scales,
             cache.value_scales,
+            self._softcap,
+            self.sinks,
         )
         out: Tensor = self.o_proj(attended)
         return out
@@ -88,3 +98,11 @@ class Attention(nn.Module):
             cache.key_scales,
             cache.value_scales,
         )
+
+
+def _query_and_key_norms(config: ModelConfig) -> tuple[RMSNorm | None, RMSNorm | None]:
+    """Of each head by itself, with one weight for all (Henry et al. 2020); or of all heads as one vector."""
+    if not config.qk_norm:
+        return None, None
+    sizes = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (config.q_size, config.kv_size)
+    return RMSNorm(sizes[0], config.norm_eps), RMSNorm(sizes[1], config.norm_eps)

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tokenrelay.model.config import ModelConfig
-from tokenrelay.model.families import Rule
+from tokenrelay.model.families import EXPERT, Rule
 from tokenrelay.model.quantized import Quantized, stacked
+from tokenrelay.model.transformer.attention import Attention
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.native_layers import replace_layers
 from tokenrelay.model.transformer.kernels.packed_linear import replace_linears
 from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm
-from tokenrelay.model.transformer.rope import rotary_table
+from tokenrelay.model.transformer.rope import local_rotary_table, rotary_table
+from tokenrelay.model.transformer.sinusoids import SinusoidalPositions, sinusoidal_table
 from tokenrelay.model.transformer.transformer import Transformer
 from tokenrelay.model.weights.layouts import LAYOUTS
 
@@ -53,7 +55,7 @@ def load_transformer(
     """
     if attention_sinks and device.type != "cpu":
         raise ValueError(f"attention_sinks is not supported on {device.type}; set it to 0")
-    model = _empty(config, max_model_len, attention_sinks, dtype, device)
+    model = empty(typed(config, max_model_len, attention_sinks, dtype, device), max_model_len, device)
     packs = device.type == "cpu" and native.is_available()
     quantized = _fill(model, tensors, rules, keep_quantized=packs)
     if packs:
@@ -62,28 +64,24 @@ def load_transformer(
     return model.requires_grad_(False).eval()
 
 
-def _empty(
-    config: ModelConfig, max_model_len: int, attention_sinks: int, dtype: torch.dtype, device: torch.device
-) -> Transformer:
-    """The network with uninitialised parameters in their final types."""
-    model = typed(config, max_model_len, attention_sinks, dtype, device)
-    materialise(model, device)
-    if config.positions == "rotary":
-        model.rotary = rotary_table(config, max_model_len).to(device)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model
-
-
 def typed(
     config: ModelConfig, max_model_len: int, attention_sinks: int, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
-    """The network on the meta device, every parameter of the type that it has on ``device``."""
+    """The network on the meta device, every parameter of the type that it will have on ``device``."""
     with torch.device("meta"):
         model = Transformer(config, max_model_len, attention_sinks).to(dtype)
     on_cpu = device.type == "cpu"
     model.activation_dtype = torch.float32 if on_cpu else dtype
-    _keep_in_fp32(model, with_linears=on_cpu and not native.is_available())
+    _keep_in_fp32(model, linears=on_cpu and not native.is_available())
+    return model
+
+
+def empty(model: Transformer, max_model_len: int, device: torch.device) -> Transformer:
+    """The same on ``device``, its weights uninitialised."""
+    materialise(model, device)
+    _compute_positions(model, max_model_len, device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
     return model
 
 
@@ -95,12 +93,25 @@ def materialise(model: nn.Module, device: torch.device) -> None:
             module.register_parameter(name, nn.Parameter(memory, requires_grad=False))
 
 
-def _keep_in_fp32(model: nn.Module, *, with_linears: bool) -> None:
-    """Norms always; matrices only where stock torch multiplies them, which needs one type and is slow in bf16."""
-    kinds = (RMSNorm, LayerNorm, nn.Linear, nn.Embedding) if with_linears else (RMSNorm, LayerNorm)
+def _compute_positions(model: Transformer, max_model_len: int, device: torch.device) -> None:
+    """Fill the tables that no checkpoint has to bring along."""
+    config = model.config
+    if config.positions == "rotary":
+        model.rotary = rotary_table(config, max_model_len).to(device)
+        if config.local_rope_theta:
+            model.local_rotary = local_rotary_table(config, max_model_len).to(device)
+    if isinstance(model.embed_positions, SinusoidalPositions):
+        model.embed_positions.table = sinusoidal_table(max_model_len, config.hidden_size).to(device)
+
+
+def _keep_in_fp32(model: nn.Module, *, linears: bool) -> None:
+    """Norms and learned sinks always; matrices where stock torch multiplies them: in one type, and bf16 slowly."""
+    kinds = (RMSNorm, LayerNorm, nn.Linear, nn.Embedding) if linears else (RMSNorm, LayerNorm)
     for module in model.modules():
         if isinstance(module, kinds):
             module.float()
+        elif isinstance(module, Attention) and module.sinks is not None:
+            module.sinks.data = module.sinks.data.float()
 
 
 def _fill(
@@ -117,8 +128,7 @@ def _fill(
     parameters = dict(model.named_parameters())  # a tied head is listed once, as the embedding
     unfilled = {name: parameter.shape[0] for name, parameter in parameters.items()}
     kept: dict[str, dict[int, Quantized]] = defaultdict(dict)  # by name, and by the row at which each begins
-    for name, tensor in tensors:
-        target, shard, layout = _place(name, rules)
+    for name, target, shard, layout, tensor in _placed(tensors, rules):
         if not target or (config.tie_word_embeddings and target == "lm_head.weight"):
             continue
         if target not in parameters:
@@ -155,6 +165,28 @@ def _whole(shards: Mapping[int, Quantized], parameter: Tensor | None) -> Quantiz
     return None
 
 
+def _placed(
+    tensors: Iterable[tuple[str, Tensor | Quantized]], rules: Sequence[Rule]
+) -> Iterator[tuple[str, str, str, str, Tensor | Quantized]]:
+    """Each tensor with its name, our name for it, its rows there and its layout; a stack of experts' is taken apart."""
+    for name, tensor in tensors:
+        target, shard, layout = _place(name, rules)
+        if EXPERT in target:
+            for expert, own in enumerate(_unstacked(tensor)):
+                yield name, target.replace(EXPERT, str(expert)), shard, layout, own
+        else:
+            yield name, target, shard, layout, tensor
+
+
+def _unstacked(tensor: Tensor | Quantized) -> Iterator[Tensor | Quantized]:
+    """What is stored for every expert: [E, …] → E times […]."""
+    for expert in range(tensor.shape[0]):
+        if isinstance(tensor, Quantized):
+            yield Quantized(tensor[0][expert], tensor[1][expert], None if tensor[2] is None else tensor[2][expert])
+        else:
+            yield tensor[expert]
+
+
 def _place(name: str, rules: Sequence[Rule]) -> tuple[str, str, str]:
     """Our name, the rows of it, and the layout; WeightsError if no rule knows the tensor."""
     for rule in rules:
@@ -166,9 +198,10 @@ def _place(name: str, rules: Sequence[Rule]) -> tuple[str, str, str]:
 
 def _span(parameter: Tensor, shard: str, config: ModelConfig) -> tuple[int, int]:
     """The rows of a merged matrix, or bias, that a shard fills."""
-    q, kv, up = config.q_size, config.kv_size, config.intermediate_size
-    spans = {"": (0, parameter.shape[0]), "q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
-    spans |= {"gate": (0, up), "up": (up, 2 * up)}
+    q, kv, rows = config.q_size, config.kv_size, parameter.shape[0]
+    gate = rows // 2 if config.gated_mlp else 0  # experts are narrower than config.intermediate_size
+    spans = {"": (0, rows), "q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
+    spans |= {"gate": (0, gate), "up": (gate, rows)}
     return spans[shard]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,15 +21,20 @@ from tokenrelay.model.config import ModelConfig, RopeScaling
 
 
 def rotary_table(config: ModelConfig, max_len: int) -> Tensor:
-    """cos, then sin, of the angles of the positions below ``max_len``: [max_len, head_dim] fp32.
+    """cos, then sin, of the angles of the positions below ``max_len``: [max_len, R] fp32; R elements of a head turn.
 
     Angles are rounded to fp32, as in transformers. The attention factor of yarn and LongRoPE is multiplied in.
     """
     return _rows(config, torch.arange(max_len, dtype=torch.float32), max_len)
 
 
+def local_rotary_table(config: ModelConfig, max_len: int) -> Tensor:
+    """As ``rotary_table``, for the layers with a window where these have a theta of their own. (Gemma 3)"""
+    return rotary_table(replace(config, rope_theta=config.local_rope_theta, rope_scaling=None), max_len)
+
+
 def rotary_rows(config: ModelConfig, positions: Tensor, table: Tensor) -> Tensor:
-    """The rows of ``positions`` [T] int64 → [T, head_dim] fp32, without an upper limit.
+    """The rows of ``positions`` [T] int64 → [T, R] fp32, without an upper limit.
 
     From the table where it has them. Beyond its end, its frequencies times the position in float64, rounded at last:
     an fp32 angle would be off by 0.03 at position 2**19. Each row is a function of its position alone.
@@ -39,18 +45,18 @@ def rotary_rows(config: ModelConfig, positions: Tensor, table: Tensor) -> Tensor
 
 
 def _rows(config: ModelConfig, positions: Tensor, max_len: int) -> Tensor:
-    """[T] positions → [T, head_dim], in the positions' type."""
+    """[T] positions → [T, R], in the positions' type."""
     angles = positions.unsqueeze(1) * _frequencies(config, max_len).to(positions)
     attention_factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
     return torch.cat([angles.cos(), angles.sin()], dim=1).mul_(attention_factor)
 
 
 def _frequencies(config: ModelConfig, max_len: int) -> Tensor:
-    """Radians per position: [head_dim / 2] fp32, computed on the CPU, so that every device has the same.
+    """Radians per position: [R / 2] fp32, computed on the CPU, so that every device has the same.
 
     Operations and their order are those of transformers: an ulp here is a hundredth of a radian at position 100,000.
     """
-    scaling, theta, dim = config.rope_scaling, config.rope_theta, config.head_dim
+    scaling, theta, dim = config.rope_scaling, config.rope_theta, config.rotary_dim or config.head_dim
     if scaling is None:
         return 1.0 / _radii(theta, dim)
     return _SCALED[scaling.rope_type](scaling, theta, dim, max_len)

@@ -9,34 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenrelay.model.config import ModelConfig
-from tokenrelay.model.transformer.attention import Attention, AttentionMetadata
+from tokenrelay.model.transformer.attention import AttentionMetadata
+from tokenrelay.model.transformer.decoder_layer import make_layer
 from tokenrelay.model.transformer.kv_cache import LayerCache
-from tokenrelay.model.transformer.layers import MLP, make_norm
+from tokenrelay.model.transformer.layers import NoNorm, make_norm
 from tokenrelay.model.transformer.rope import rotary_rows
-
-
-class DecoderLayer(nn.Module):
-    """Pre-norm block: x + attention(norm x), then x + mlp(norm x); the additions happen inside the norms."""
-
-    def __init__(self, config: ModelConfig, window: int, num_sinks: int) -> None:
-        super().__init__()
-        self.attention_norm = make_norm(config)
-        self.attention = Attention(config, window, num_sinks)
-        self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        positions: Tensor,
-        rotary: Tensor | None,
-        cache: LayerCache,
-        metadata: AttentionMetadata,
-    ) -> Tensor:
-        attended = self.attention(self.attention_norm(x, residual), positions, rotary, cache, metadata)
-        hidden: Tensor = self.mlp(self.mlp_norm(attended, residual))
-        return hidden
+from tokenrelay.model.transformer.sinusoids import SinusoidalPositions
 
 
 class Transformer(nn.Module):
@@ -46,7 +24,8 @@ class Transformer(nn.Module):
     ``attention_sinks``, and the most recent ones as the rest. (``Attention`` says how)
     """
 
-    rotary: Tensor | None
+    rotary: Tensor | None  # angles of every position; like a weight, it comes when loading
+    local_rotary: Tensor | None  # in layers with a window, where these have others
     activation_dtype = torch.float32  # of what flows between the layers, whatever the weights are
 
     def __init__(self, config: ModelConfig, max_model_len: int, attention_sinks: int = 0) -> None:
@@ -56,17 +35,15 @@ class Transformer(nn.Module):
             _check_sinks(config, max_model_len, attention_sinks)
         self.config = config
         self.embed_tokens = _embedding(config.vocab_size, config.hidden_size)
-        learned = config.positions == "learned"
-        self.embed_positions = _embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.embed_positions = _position_embedding(config, max_model_len)
         streaming = max_model_len - attention_sinks if attention_sinks else 0
         self.layers = nn.ModuleList(
-            DecoderLayer(config, streaming or config.window(layer), attention_sinks)
-            for layer in range(config.num_layers)
+            make_layer(config, streaming or config.window(layer), attention_sinks) for layer in range(config.num_layers)
         )
-        self.norm = make_norm(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        table = None if learned else torch.empty(max_model_len, config.head_dim)  # filled like a weight, when loading
-        self.register_buffer("rotary", table, persistent=False)
+        self.norm = make_norm(config) if config.final_norm else NoNorm()
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.register_buffer("rotary", None, persistent=False)
+        self.register_buffer("local_rotary", None, persistent=False)
 
     def forward(
         self,
@@ -80,6 +57,8 @@ class Transformer(nn.Module):
         Positions are below ``max_model_len`` unless the metadata have ``sink_positions``.
         """
         x = self.embed_tokens(input_ids).to(self.activation_dtype)
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions).to(self.activation_dtype)
         rotary = self.rotary
@@ -97,15 +76,24 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """x [T, C] → normalised hidden states [T, C]. On a CPU ``NativeLayers`` takes this method's place."""
         residual = torch.zeros_like(x)
-        for layer, cache in zip(self.layers, kv_cache, strict=True):
-            x = layer(x, residual, positions, rotary, cache, metadata)
+        for index, (layer, cache) in enumerate(zip(self.layers, kv_cache, strict=True)):
+            x = layer(x, residual, positions, self.rotary_of(index, rotary), cache, metadata)
         hidden: Tensor = self.norm(x, residual)
         return hidden
 
+    def rotary_of(self, layer: int, rotary: Tensor | None) -> Tensor | None:
+        """The angles of one layer, where ``rotary`` has those of most. None: nothing turns."""
+        if layer in self.config.unrotated_layers:
+            return None
+        return self.local_rotary if self.local_rotary is not None and self.config.window(layer) else rotary
+
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[S, C] → [S, vocabulary] fp32."""
-        logits: Tensor = self.lm_head(hidden)
-        return logits.float()
+        logits: Tensor = self.lm_head(hidden).float()
+        scale, cap = self.config.logits_scale, self.config.logits_softcap
+        if scale != 1.0:
+            logits = logits * scale
+        return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def _check_sinks(config: ModelConfig, max_model_len: int, attention_sinks: int) -> None:
@@ -128,6 +116,13 @@ def _rotary_of_step(
     rows = rotary_rows(config, torch.cat((positions, metadata.sink_positions)), table)
     own, as_seen = torch.arange(len(rows), device=rows.device).chunk(2)
     return rows, own, replace(metadata, sink_positions=as_seen)
+
+
+def _position_embedding(config: ModelConfig, max_model_len: int) -> nn.Module | None:
+    """What is added to the embeddings of the tokens, if anything."""
+    if config.positions == "learned":
+        return _embedding(config.max_position_embeddings, config.hidden_size)
+    return SinusoidalPositions(max_model_len, config.hidden_size) if config.positions == "sinusoidal" else None
 
 
 def _embedding(count: int, size: int) -> nn.Embedding:

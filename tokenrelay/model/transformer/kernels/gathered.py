@@ -56,11 +56,13 @@ def _attend(
     for first in range(0, tables.shape[1], BLOCKS_AT_ONCE):
         blocks = tables[:, first : first + BLOCKS_AT_ONCE]
         key = torch.arange(blocks.shape[1] * block_size, device=q.device) + first * block_size
-        seen = _sees(position.unsqueeze(1), key, window)  # [t, keys]
+        hidden = ~_sees(position.unsqueeze(1), key, window)  # [t, keys]
         scores = torch.einsum("tkgd,tskd->tkgs", queries, k_cache[blocks].flatten(1, 2).float())
         scores = softcap * (scores / softcap).tanh() if softcap else scores
-        scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
-        values = v_cache[blocks].flatten(1, 2).float().masked_fill(~seen[:, :, None, None], 0.0)  # may be another's NaN
+        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+        values = (
+            v_cache[blocks].flatten(1, 2).float().masked_fill(hidden[:, :, None, None], 0.0)
+        )  # may be another's NaN
         before, largest = largest, torch.maximum(largest, scores.amax(-1, keepdim=True))
         weights, shrunk = (scores - largest).exp(), (before - largest).exp()
         total = total * shrunk + weights.sum(-1, keepdim=True)

@@ -7,17 +7,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.transformer.attention import AttentionMetadata
+from tokenrelay.model.transformer.decoder_layer import PreNormLayer
 from tokenrelay.model.transformer.kernels import library, native, native_attention
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, QuantizedLinear
 from tokenrelay.model.transformer.kv_cache import LayerCache
-from tokenrelay.model.transformer.transformer import DecoderLayer, Transformer
+from tokenrelay.model.transformer.transformer import Transformer
 
 
 def replace_layers(model: Transformer) -> None:
-    """Let ``model`` run its layers natively; its linears must be packed already."""
-    if model.config.head_dim <= native_attention.MAX_HEAD_DIM:
+    """Let ``model`` run its layers natively, if it may; its linears must be packed already."""
+    if covers(model.config):
         model.run_layers = NativeLayers(model)  # type: ignore[method-assign]
+
+
+def covers(config: ModelConfig) -> bool:
+    """Whether every switch of the configuration is known here; what is not runs layer by layer."""
+    return (
+        config.norm_placement == "pre"
+        and not config.parallel_residual
+        and config.final_norm
+        and config.residual_scale == 1.0
+        and config.rotary_dim in (0, config.head_dim)
+        and not config.local_rope_theta
+        and not config.unrotated_layers
+        and not config.qk_norm
+        and not config.attention_softcap
+        and not config.learned_sinks
+        and config.experts is None
+        and config.activation in native.ACTIVATION_KINDS
+        and config.head_dim <= native_attention.MAX_HEAD_DIM
+    )
 
 
 class NativeLayers:
@@ -89,7 +110,7 @@ class NativeLayers:
 
 
 def _layer(module: nn.Module) -> library.Layer:
-    assert isinstance(module, DecoderLayer)
+    assert isinstance(module, PreNormLayer)
     attention, mlp = module.attention, module.mlp
     return library.Layer(
         _norm(module.attention_norm),
