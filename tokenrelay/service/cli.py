@@ -53,6 +53,7 @@ _HTTP = (
 )
 _ENGINE = (
     *("worker_metrics_port", "device", "dtype", "num_threads", "kv_cache_mb", "kv_cache_dtype"),
+    *("gpu_memory_utilization", "enforce_eager"),
     *("max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decodes"),
     *("num_speculative_tokens", "enable_prefix_caching", "watchdog_seconds", "workers"),
 )

@@ -63,7 +63,9 @@ class Settings(BaseSettings):
     api_workers: int = Field(1, ge=1, description="API processes that share the port.")
 
     # the engine
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the network runs: auto, cpu or cuda.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="Where the network runs: cpu, cuda, mps (Apple), or auto: cuda if there is one, else cpu."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto",
         description=(
@@ -75,7 +77,21 @@ class Settings(BaseSettings):
     kv_cache_dtype: Literal["auto", "int8"] = Field(
         "auto", description="Type of the KV cache: int8, or auto: as dtype, bfloat16 for weights of few bits."
     )
-    kv_cache_mb: int = Field(1024, ge=1, description="Memory budget of the KV cache.")
+    kv_cache_mb: int = Field(
+        0,
+        ge=0,
+        description="Memory budget of the KV cache; 0: 1024, on CUDA what gpu_memory_utilization leaves.",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Share of a CUDA device's memory for weights, steps and KV cache together; raise it if nobody else "
+        "uses the device.",
+    )
+    enforce_eager: bool = Field(
+        False, description="CUDA: no graphs; starts sooner and takes less memory, but small batches decode slower."
+    )
     max_model_len: int = Field(0, ge=0, description="Longest prompt plus output in tokens; 0: the model's own limit.")
     max_num_seqs: int = Field(64, ge=1, description="Requests computed in one step.")
     max_num_batched_tokens: int = Field(256, ge=1, description="Token budget of one step.")

@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenrelay
 from tests.model.transformer.paged_request import BLOCK, PagedRequest, cpu_cache, rotary_angles
 from tokenrelay.model.transformer import kernels
-from tokenrelay.model.transformer.kernels import cuda, native, reference
+from tokenrelay.model.transformer.kernels import native, reference
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, replace_linears
 
 WITHOUT_LIBRARY = """
@@ -202,32 +201,3 @@ def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_number_of_threads_does_not_matter(threads: int) -> None:
     assert same_bits(lambda: native.set_num_threads(threads))
-
-
-# --- the GPU's calls, without a GPU ---------------------------------------------------------------------------------
-
-
-def test_the_cuda_operations_accept_their_shapes() -> None:
-    heads, kv_heads, head_dim, tokens = 8, 2, 64, 7
-    with FakeTensorMode():
-        device = torch.device("cuda")
-        shapes = kernels.kv_cache_shapes(device, 10, BLOCK, kv_heads, head_dim)
-        k_cache, v_cache = (torch.empty(shape, dtype=torch.bfloat16, device=device) for shape in shapes)
-        qkv = torch.empty(tokens, (heads + 2 * kv_heads) * head_dim, dtype=torch.bfloat16, device=device)
-        index = torch.empty(tokens, dtype=torch.int64, device=device)
-        cos_sin = torch.empty(100, head_dim, device=device)
-        tables, starts, lengths = (
-            torch.empty(2, 5, dtype=torch.int32, device=device),
-            torch.empty(3, dtype=torch.int32, device=device),
-            torch.empty(2, dtype=torch.int32, device=device),
-        )
-        for layer in (kernels, cuda):  # the registered shapes, then the calls themselves
-            q = layer.rotate_and_cache(qkv, index, cos_sin, k_cache, v_cache, index, heads, kv_heads)
-            assert (q.shape, q.dtype, q.device.type) == ((tokens, heads, head_dim), torch.bfloat16, "cuda")
-            for window in (0, 20):
-                out = layer.paged_attention(q, k_cache, v_cache, tables, starts, lengths, 0.125, window)
-                assert (out.shape, out.dtype, out.device.type) == ((tokens, heads * head_dim), torch.bfloat16, "cuda")
-        with pytest.raises(ValueError, match="attention sinks are not supported on CUDA"):
-            cuda.paged_attention(q, k_cache, v_cache, tables, starts, lengths, 0.125, 20, 4)
-        with pytest.raises(ValueError, match="int8 KV cache is not supported on CUDA"):
-            cuda.paged_attention(q, k_cache, v_cache, tables, starts, lengths, 0.125, key_scales=cos_sin)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -9,15 +11,20 @@ import torch
 
 from tokenrelay.model.config import MAX_STREAMING_LEN, DType, EngineConfig, ModelConfig
 from tokenrelay.model.engine.block_tables import Window
+from tokenrelay.model.engine.devices import check_device, fitting_blocks, make_executor
 from tokenrelay.model.engine.model_runner import ModelRunner
 from tokenrelay.model.engine.request import Request
 from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.engine.scheduler import Scheduler
 from tokenrelay.model.engine.step import StepOutput
+from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_block
 from tokenrelay.model.transformer.loading import load_transformer
+from tokenrelay.model.transformer.transformer import Transformer
 from tokenrelay.model.weights import resolve
 from tokenrelay.model.weights.checkpoint import Checkpoint, open_checkpoint
+
+DEFAULT_KV_CACHE_BYTES = 1 << 30
 
 
 class Engine:
@@ -45,12 +52,14 @@ class Engine:
     ) -> Engine:
         """From a short name, a GGUF file, a folder or a hub id, fetched if it is not here.
 
-        device ``auto``: a GPU if there is one. dtype ``auto``: bfloat16; on a CPU matrices that are stored in 8 or 4
-        bits stay so, and with ``int8`` all get 8. Raises ValueError where the device has no such type.
+        device ``auto``: CUDA if there is one. dtype ``auto``: bfloat16; on a CPU matrices that are stored in 8 or 4
+        bits stay so, and with ``int8`` all get 8. Raises ValueError where there is no such device, or it has no such
+        type.
         """
         source = resolve(model, cache_dir=cache_dir)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        check_device(torch.device(device))
         if dtype == "int8" and device != "cpu":
             raise ValueError(f"dtype int8 has no kernels on {device}; use auto or bfloat16")
         return cls.from_checkpoint(
@@ -75,13 +84,14 @@ class Engine:
     ) -> Engine:
         """Load the network and allocate its KV cache. Raises the checkpoint's and the loader's ValueErrors."""
         model_config = checkpoint.config()
+        config = replace(config, block_size=kernels.block_size(device, config.block_size))
         cache_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
-        num_blocks = config.num_blocks or config.kv_cache_bytes // bytes_per_block(
-            model_config, config.block_size, cache_dtype
-        )
         longest = model_config.max_position_embeddings
         context = min(longest, config.max_model_len or longest)
-        window = _window(model_config, config, context, num_blocks)
+        block_bytes = bytes_per_block(model_config, config.block_size, cache_dtype)
+        num_blocks = _planned_blocks(config, block_bytes, device)
+        if num_blocks is not None:
+            _check_room(config, context, num_blocks)
         model = load_transformer(
             model_config,
             checkpoint.stored(dtype) if keep_quantized else checkpoint.tensors(dtype),
@@ -92,19 +102,13 @@ class Engine:
             device=device,
             in_8_bits=in_8_bits,
         )
-        kv_cache = allocate_kv_cache(model_config, num_blocks, config.block_size, cache_dtype, device)
-        runner = ModelRunner(
-            model,
-            kv_cache,
-            Sampler(model_config.eos_token_ids),
-            block_size=config.block_size,
-            device=device,
-            window=window,
-        )
+        window = _window(model_config, config, context)
+        make_runner = partial(_make_runner, model, window, context, cache_dtype, device)
+        if num_blocks is None:
+            num_blocks = fitting_blocks(make_runner, config, model_config, context, block_bytes, device)
         max_model_len = MAX_STREAMING_LEN if config.attention_sinks else min(context, num_blocks * config.block_size)
-        return cls(
-            Scheduler(config, num_blocks, max_model_len, model_config.eos_token_ids, window), runner, max_model_len
-        )
+        scheduler = Scheduler(config, num_blocks, max_model_len, model_config.eos_token_ids, window)
+        return cls(scheduler, make_runner(num_blocks, config), max_model_len)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -150,20 +154,44 @@ class Engine:
         return self.scheduler.update(scheduled, sampled)
 
 
-def _window(model_config: ModelConfig, config: EngineConfig, context: int, num_blocks: int) -> Window:
-    """The network's own sliding window, or the one that makes it go on past its context.
+def _make_runner(
+    model: Transformer,
+    window: Window,
+    context: int,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+    num_blocks: int,
+    config: EngineConfig,
+) -> ModelRunner:
+    """With a cache of so many blocks, all zeros."""
+    kv_cache = allocate_kv_cache(model.config, num_blocks, config.block_size, cache_dtype, device)
+    executor = make_executor(model, kv_cache, device, config, max_blocks=-(-context // config.block_size))
+    sampler = Sampler(model.config.eos_token_ids)
+    return ModelRunner(model, kv_cache, sampler, executor, block_size=config.block_size, window=window)
 
-    Raises:
-        ValueError: the cache holds no sequence, or not the whole context that is to go on when full.
-    """
-    if min(context, num_blocks * config.block_size) < 2:
+
+def _planned_blocks(config: EngineConfig, bytes_per_block: int, device: torch.device) -> int | None:
+    """None: what is free on the device decides, when the weights are there."""
+    if config.num_blocks or config.kv_cache_bytes:
+        return config.num_blocks or config.kv_cache_bytes // bytes_per_block
+    return None if device.type == "cuda" else DEFAULT_KV_CACHE_BYTES // bytes_per_block
+
+
+def _check_room(config: EngineConfig, context: int, num_blocks: int) -> None:
+    """Raises ValueError: the cache holds no sequence, or not the whole context that is to go on when full."""
+    room = num_blocks * config.block_size
+    if min(context, room) < 2:
         raise ValueError("the KV cache's memory budget holds not even one block; raise kv_cache_mb")
-    if not config.attention_sinks:
-        return Window(0 if model_config.full_attention_layers else model_config.sliding_window)
     needed = context + config.max_num_batched_tokens + 2 * config.block_size
-    if num_blocks * config.block_size < needed:
+    if config.attention_sinks and room < needed:
         raise ValueError(
-            f"attention_sinks needs room for the whole context and a step: {needed} tokens, the KV cache holds "
-            f"{num_blocks * config.block_size}; raise kv_cache_mb or lower max_model_len"
+            f"attention_sinks needs room for the whole context and a step: {needed} tokens, the KV cache holds {room}; "
+            "raise kv_cache_mb or lower max_model_len"
         )
-    return Window(context - config.attention_sinks, config.attention_sinks)
+
+
+def _window(model_config: ModelConfig, config: EngineConfig, context: int) -> Window:
+    """The network's own sliding window, or the one that makes it go on past its context."""
+    if config.attention_sinks:
+        return Window(context - config.attention_sinks, config.attention_sinks)
+    return Window(0 if model_config.full_attention_layers else model_config.sliding_window)

@@ -55,7 +55,7 @@ def load_transformer(
     """
     if attention_sinks and device.type != "cpu":
         raise ValueError(f"attention_sinks is not supported on {device.type}; set it to 0")
-    model = _empty(config, max_model_len, attention_sinks, dtype, device)
+    model = empty(typed(config, max_model_len, attention_sinks, dtype, device), max_model_len, device)
     packs = device.type == "cpu" and native.is_available()
     quantized = _fill(model, tensors, rules, keep_quantized=packs)
     if packs:
@@ -64,27 +64,24 @@ def load_transformer(
     return model.requires_grad_(False).eval()
 
 
-def _empty(
-    config: ModelConfig, max_model_len: int, attention_sinks: int, dtype: torch.dtype, device: torch.device
-) -> Transformer:
-    """The network with uninitialised parameters in their final types."""
-    model = typed(config, max_model_len, attention_sinks, dtype, device)
-    materialise(model, device)
-    _compute_positions(model, max_model_len, device)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model
-
-
 def typed(
     config: ModelConfig, max_model_len: int, attention_sinks: int, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
-    """The network on the meta device, every parameter of the type that it has on ``device``."""
+    """The network on the meta device, every parameter of the type that it will have on ``device``."""
     with torch.device("meta"):
         model = Transformer(config, max_model_len, attention_sinks).to(dtype)
     on_cpu = device.type == "cpu"
     model.activation_dtype = torch.float32 if on_cpu else dtype
-    _keep_in_fp32(model, with_linears=on_cpu and not native.is_available())
+    _keep_in_fp32(model, linears=on_cpu and not native.is_available())
+    return model
+
+
+def empty(model: Transformer, max_model_len: int, device: torch.device) -> Transformer:
+    """The same on ``device``, its weights uninitialised."""
+    materialise(model, device)
+    _compute_positions(model, max_model_len, device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
     return model
 
 
@@ -107,9 +104,9 @@ def _compute_positions(model: Transformer, max_model_len: int, device: torch.dev
         model.embed_positions.table = sinusoidal_table(max_model_len, config.hidden_size).to(device)
 
 
-def _keep_in_fp32(model: nn.Module, *, with_linears: bool) -> None:
-    """Norms and learned sinks always; matrices only where torch multiplies them, which needs one type, slow in bf16."""
-    kinds = (RMSNorm, LayerNorm, nn.Linear, nn.Embedding) if with_linears else (RMSNorm, LayerNorm)
+def _keep_in_fp32(model: nn.Module, *, linears: bool) -> None:
+    """Norms and learned sinks always; matrices where stock torch multiplies them: in one type, and bf16 slowly."""
+    kinds = (RMSNorm, LayerNorm, nn.Linear, nn.Embedding) if linears else (RMSNorm, LayerNorm)
     for module in model.modules():
         if isinstance(module, kinds):
             module.float()

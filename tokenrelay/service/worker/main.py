@@ -58,6 +58,8 @@ def load_engine(source: ModelSource, settings: Settings) -> Engine:
     """The engine that the settings describe."""
     config = EngineConfig(
         kv_cache_bytes=settings.kv_cache_mb << 20,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enforce_eager=settings.enforce_eager,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_prefill_tokens_beside_decodes=settings.max_prefill_tokens_beside_decodes,

@@ -19,8 +19,8 @@ value of a head) and of the model's dtype on CUDA.
 | gated_activation    | x[T, 2 I]                                                   | act(x[:, :I]) * x[:, I:]    |
 
 Implementations are registered with torch's dispatcher, so the network names no device: CPU is ``native`` (``reference``
-where that was not built), CUDA is ``cuda``, and fake tensors get shapes alone. On the CPU every row is computed in one
-fixed order, whatever else is in the batch.
+where that was not built), CUDA is ``cuda``, MPS is ``reference``, and fake tensors get shapes alone. On the CPU every
+row is computed in one fixed order, whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -108,9 +108,17 @@ _gated_activation = _define(
 def kv_cache_shapes(
     device: torch.device, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of one layer's K and V cache; create them zeroed. ``block_size`` is a multiple of 16."""
-    shapes = cuda.kv_cache_shapes if device.type == "cuda" else reference.kv_cache_shapes
-    return shapes(num_blocks, block_size, num_kv_heads, head_dim)
+    """Shapes of one layer's K and V cache; create them zeroed. ``block_size`` is one that ``block_size`` gave."""
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] = _layouts[device.type].kv_cache_shapes(
+        num_blocks, block_size, num_kv_heads, head_dim
+    )
+    return shapes
+
+
+def block_size(device: torch.device, wanted: int) -> int:
+    """The least number of tokens per block that the device's attention reads, from ``wanted`` on."""
+    unit: int = _layouts[device.type].BLOCK_SIZE
+    return -(-wanted // unit) * unit
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -243,6 +251,8 @@ def gated_activation(x: Tensor, kind: str) -> Tensor:
 
 
 register("cpu", native if native.is_available() else reference)
+if torch.backends.mps.is_available():
+    register("mps", reference)
 if torch.cuda.is_available():  # only then: varlen_attn brings torch's compiler along, two seconds of start-up
     from tokenrelay.model.transformer.kernels import cuda
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenrelay.model.quantized import GROUP
 
+BLOCK_SIZE = 16  # keys of a vector
 PANEL_WIDTH = 16
 LARGEST_INPUT = 127 * 256
 OUTLIER = 36  # largest element squared, over the row's mean square
