@@ -16,6 +16,7 @@ from tokenrelay.model.engine.step import Sampled, ScheduledRequest, SchedulerOut
 from tokenrelay.model.sampling_params import TokenLogprobs
 from tokenrelay.model.transformer.attention import AttentionMetadata
 from tokenrelay.model.transformer.kv_cache import LayerCache, copy_blocks
+from tokenrelay.model.transformer.lora import Adapters
 from tokenrelay.model.transformer.transformer import Transformer
 
 LOGITS_AT_ONCE = 64  # rows: a prompt's logits would be a large matrix
@@ -35,6 +36,7 @@ class ModelRunner:
         window: Window | None = None,
     ) -> None:
         self.model = model
+        self.adapters = Adapters(model)
         self._kv_cache = kv_cache
         self._sampler = sampler
         self._block_size = block_size
@@ -50,6 +52,7 @@ class ModelRunner:
         input_ids = self._tensor(np.concatenate([_token_ids(entry) for entry in batch]))
         positions = [_positions(entry) for entry in batch]
         metadata = self._metadata(batch, positions)
+        self.adapters.use([(entry.request.adapter, entry.num_rows) for entry in batch])
         hidden = self.model(input_ids, self._tensor(np.concatenate(positions)), self._kv_cache, metadata)
         starts = np.cumsum([0, *(entry.num_rows for entry in batch)])
         sampled = self._with_prompt_logprobs(self._sample(batch, hidden, starts), batch, hidden, starts)
