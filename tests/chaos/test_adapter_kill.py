@@ -34,9 +34,8 @@ def test_streams_of_adapters_go_on_at_the_next_worker(tmp_path: Path, tiny: dict
     """One is named at the start, the other is loaded while it runs; a plain stream runs beside them."""
     named, loaded = (write_adapter(tmp_path / name, seed) for seed, name in enumerate(("named", "loaded")))
     options = {"lora_modules": f"named={named}", "allow_lora_loading": True, **tiny}
-    bodies = [
-        {"prompt": "Once upon a time", "max_tokens": 200, "seed": 7, "model": model} for model in (MODEL, "named", "loaded") * 2
-    ]
+    plain = {"prompt": "Once upon a time", "max_tokens": 200, "seed": 7}
+    bodies = [plain | {"model": model} for model in (MODEL, "named", "loaded") * 2]
     with (
         RunningService(tmp_path, spare_workers=1, **options) as service,
         httpx.Client(base_url=service.url, timeout=60) as http,
@@ -50,6 +49,7 @@ def test_streams_of_adapters_go_on_at_the_next_worker(tmp_path: Path, tiny: dict
             service.kill("worker")
 
         disturbed = read_all_while(http, bodies, kill)
+        wait_until(lambda: service.log.count('"worker ready"') == 3, "the killed one's successor is ready", 60)
         assert service.metric("tokenrelay_requests_resumed_total") > 0
     for recording, expected in zip(disturbed, undisturbed, strict=True):
         recording.assert_whole()
