@@ -18,18 +18,10 @@ from tokenrelay.model.weights.errors import CheckpointError
 CONFIG_FILE = "adapter_config.json"
 _READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "layers_to_transform"}
 _OF_TRAINING = {
-    *(
-        "peft_type",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "auto_mapping",
-        "inference_mode",
-        "peft_version",
-    ),
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
     *("lora_dropout", "fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "layers_pattern", "exclude_modules", "runtime_config", "megatron_config", "megatron_core"),
-    *("qalora_group_size", "ensure_weight_tying"),
+    *("qalora_group_size", "ensure_weight_tying", "peft_version"),
 }
 _NEUTRAL = (None, False, "none", "", 0)
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they train against other base weights than ours
@@ -72,7 +64,7 @@ def read_lora_config(folder: Path, max_rank: int) -> LoRAConfig:
     path = folder / CONFIG_FILE
     try:
         fields = read_json(path)
-    except CheckpointError as error:
+    except (CheckpointError, RecursionError) as error:
         raise LoRAError(str(error)) from error
     _refuse_not_built(path, fields)
     config = LoRAConfig(
