@@ -9,6 +9,7 @@ import pytest
 
 from tokenrelay.model.sampling_params import SamplingParams, TokenLogprobs
 from tokenrelay.service.messages import (
+    NEWEST,
     Event,
     MessageError,
     Submission,
@@ -43,8 +44,8 @@ def test_a_newer_sender_s_fields_are_ignored_but_not_its_version() -> None:
     submission = Submission(request_id="r", prompt_token_ids=[1], params=SamplingParams(max_tokens=3))
     fields = msgspec.msgpack.decode(encode(submission))
     assert decode_submission(encode({**fields, "mood": "good"})) == submission
-    with pytest.raises(MessageError, match="version 2"):
-        decode_submission(encode({**fields, "version": 2}))
+    with pytest.raises(MessageError, match=f"version {NEWEST + 1}"):
+        decode_submission(encode({**fields, "version": NEWEST + 1}))
 
 
 def test_a_request_costs_what_it_may_occupy() -> None:

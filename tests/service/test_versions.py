@@ -11,7 +11,10 @@ from redis.asyncio import Redis
 from tests.service.relay import claim_ids, claim_one, ending, publication, submission, submit, token
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.messages import (
+    ADAPTER_VERSION,
+    NEWEST,
     VERSION,
+    Adapter,
     Delivery,
     Event,
     MessageError,
@@ -60,17 +63,36 @@ def test_the_version_travels_with_every_message(message: msgspec.Struct) -> None
 
 
 def test_an_unknown_version_is_not_guessed_at() -> None:
-    with pytest.raises(MessageError, match=f"version {VERSION + 1}"):
-        decode_submission(newer(submission("a"), version=VERSION + 1))
+    for version in (VERSION - 1, NEWEST + 1):
+        with pytest.raises(MessageError, match=f"version {version}"):
+            decode_submission(newer(submission("a"), version=version))
     with pytest.raises(MessageError, match=f"version {VERSION + 1}"):
         decode_answer_spec(newer(ANSWER, version=VERSION + 1))
+
+
+ADAPTER = Adapter(name="sql", path="/adapters/sql", digest="0" * 64)
+
+
+async def test_only_a_request_with_an_adapter_needs_a_worker_that_knows_of_adapters(
+    queue: Queue, redis: Redis, keys: Keys
+) -> None:
+    """An older one would answer it without."""
+    await submit(queue, "plain")
+    await submit(queue, "adapted", adapter=ADAPTER, version=ADAPTER_VERSION)
+    assert await redis.hget(keys.request("plain"), "version") == b"%d" % VERSION
+    assert await redis.hget(keys.request("adapted"), "version") == b"%d" % ADAPTER_VERSION
+    plain, adapted = await queue.claim("worker", 2)
+    assert plain.submission.adapter is None
+    assert adapted.submission.adapter == ADAPTER
+    with pytest.raises(ValueError, match=f"of version {ADAPTER_VERSION}"):
+        submission("adapted", adapter=ADAPTER)
 
 
 async def submit_newer(queue: Queue, redis: Redis, keys: Keys, request_id: str) -> None:
     """As the API of the next version does."""
     await submit(queue, request_id)
-    payload = newer(submission(request_id), version=VERSION + 1)
-    await redis.hset(keys.request(request_id), mapping={"version": VERSION + 1, "payload": payload})
+    payload = newer(submission(request_id), version=NEWEST + 1)
+    await redis.hset(keys.request(request_id), mapping={"version": NEWEST + 1, "payload": payload})
 
 
 async def test_a_worker_leaves_what_it_cannot_read_untouched_for_another(
@@ -112,11 +134,11 @@ async def test_workers_say_what_they_speak(redis: Redis, keys: Keys, settings: S
     registry = Registry(redis, keys, settings)
     await registry.announce(FACTS)
     [facts] = await registry.workers()
-    assert facts.protocol == VERSION
+    assert facts.protocol == NEWEST
     raw: Any = await redis.get(keys.worker("w"))
-    assert msgspec.msgpack.decode(raw)["protocol"] == VERSION
-    await redis.set(keys.worker("w"), newer(FACTS, protocol=VERSION + 1), keepttl=True)
-    assert [facts.protocol for facts in await registry.workers()] == [VERSION + 1]
+    assert msgspec.msgpack.decode(raw)["protocol"] == NEWEST
+    await redis.set(keys.worker("w"), newer(FACTS, protocol=NEWEST + 1), keepttl=True)
+    assert [facts.protocol for facts in await registry.workers()] == [NEWEST + 1]
 
 
 def test_what_an_older_sender_does_not_know_has_a_default() -> None:

@@ -40,7 +40,7 @@ _BROKER = (
     *("redis_url", "redis_ca_file", "lease_seconds", "announce_seconds", "max_attempts", "retention_seconds"),
     *("drain_seconds", "log_level"),
 )
-_LIMITS = ("max_model_len", "attention_sinks")
+_LIMITS = ("max_model_len", "attention_sinks", "max_lora_rank")
 _QUEUE = (
     *("max_waiting", "max_waiting_tokens", "max_waiting_bytes"),
     *("max_waiting_per_tenant", "max_waiting_tokens_per_tenant"),
@@ -49,13 +49,14 @@ _HTTP = (
     *("host", "port", *_QUEUE, "max_body_bytes", "max_n", "max_inputs", "pooling", "keep_alive_seconds"),
     *("request_timeout_seconds", "disconnect_grace_seconds"),
     *("tool_call_format", "reasoning_format", "response_ttl_seconds", "response_store_mb"),
+    *("lora_modules", "allow_lora_loading"),
     *("api_keys_file", "metrics_need_key", "metrics_tenants", "cors_origins", "log_prompts"),
 )
 _ENGINE = (
     *("worker_metrics_port", "device", "dtype", "num_threads", "kv_cache_mb", "kv_cache_dtype"),
     *("gpu_memory_utilization", "enforce_eager"),
     *("max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decodes"),
-    *("num_speculative_tokens", "enable_prefix_caching", "watchdog_seconds", "workers"),
+    *("num_speculative_tokens", "enable_prefix_caching", "max_loras", "watchdog_seconds", "workers"),
 )
 _PROCESSES = ("spare_workers", "api_workers")
 _EMBEDDED = ("data_dir", "broker_memory_mb")

@@ -22,7 +22,8 @@
     │   ├── BrokerUnavailable        503 server_error           broker_unavailable      retryable
     │   └── NoWorker                 503 server_error           no_worker               retryable
     ├── DeadlineExceeded             504 server_error           deadline_exceeded
-    └── WorkerLost                   500 server_error           worker_lost
+    ├── WorkerLost                   500 server_error           worker_lost
+    └── AdapterUnavailable           500 server_error           adapter_unavailable
 """
 
 from __future__ import annotations
@@ -169,3 +170,9 @@ class DeadlineExceeded(ServiceError):
 
 class WorkerLost(ServiceError):
     code = "worker_lost"
+
+
+class AdapterUnavailable(ServiceError):
+    """The worker that has the request cannot load its adapter: the files are not there, or not the same any more."""
+
+    code = "adapter_unavailable"

@@ -16,6 +16,7 @@ DEAD_TTL = 7 * 24 * 3600  # … and not for long
 USAGE_TTL = 92 * 24 * 3600  # what a tenant used on one day: for a bill of the last quarter
 DRAIN_WINDOW_MS = 60_000  # of waiting: how far back "how fast the queue drains" looks
 
+MAX_ADAPTERS = 1000  # loaded at run time: the hash has no TTL, so it has a bound
 TIMELINE_BYTES = 4096  # of one request: some hundred entries, so that endless preemptions cannot fill the broker
 EXPIRY_BATCH = 64  # requests ended per call when their deadlines have passed: meanwhile the broker serves nobody else
 
@@ -45,6 +46,7 @@ class Keys:
         self.workers = self.prefix + "workers"  # sorted set: worker id by expiry of its announcement
         self.responses = self.prefix + "responses"  # sorted set: stored response by when it was last written
         self.response_sizes = self.prefix + "response_sizes"  # hash: bytes of each of them, and of "all"
+        self.adapters = self.prefix + "adapters"  # hash: name → adapter loaded by the admin's route (MAX_ADAPTERS)
         self.wakeup = self.prefix + "wakeup"  # pub/sub channel: "submit", "cancel <id>" and "drop <id>"; may lose some
 
     @property
@@ -53,7 +55,7 @@ class Keys:
         return frozenset(
             {
                 *(self.waiting, self.sizes, self.load, self.drain, self.leases, self.deadlines, self.fair),
-                *(self.workers, self.usage, self.responses, self.response_sizes),
+                *(self.workers, self.usage, self.responses, self.response_sizes, self.adapters),
             }
         )
 

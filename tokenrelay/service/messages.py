@@ -11,12 +11,26 @@ import msgspec
 from tokenrelay.model.sampling_params import Pooling, SamplingParams, TokenLogprobs
 from tokenrelay.service.tenants import DEFAULT_TENANT
 
-VERSION = 1
+VERSION = 1  # what messages are written in …
+ADAPTER_VERSION = 2  # … but a submission with an adapter: who knows of none must leave it alone
+NEWEST = ADAPTER_VERSION  # of submissions that are read here
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError)  # what decoders raise: text that is no UTF-8 is an error apart
 
 
 class MessageError(ValueError):
     """A payload that is not a message of ours, or of a version we do not speak."""
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A LoRA adapter (PEFT's two files in the folder ``path``) under the name that clients use as a model's.
+
+    ``digest`` is of the files: whoever loads another content under this path notices.
+    """
+
+    name: str
+    path: str
+    digest: str
+    created: int = 0  # Unix time in seconds
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -37,7 +51,12 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     skip_special_tokens: bool = True
     prompt_only: bool = False
     pooling: Pooling | None = None
+    adapter: Adapter | None = None
     version: int = msgspec.field(default_factory=lambda: VERSION)  # a factory, or it would be left out when encoded
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and self.version < ADAPTER_VERSION:
+            raise ValueError(f"a submission with an adapter is of version {ADAPTER_VERSION}, not {self.version}")
 
     @property
     def cost(self) -> int:
@@ -128,7 +147,7 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     stalled: bool = False
     spare: bool = False
     version: str = ""
-    protocol: int = msgspec.field(default_factory=lambda: VERSION)
+    protocol: int = msgspec.field(default_factory=lambda: NEWEST)
 
     @property
     def active(self) -> bool:
@@ -141,6 +160,7 @@ _submission = msgspec.msgpack.Decoder(Submission)
 _event = msgspec.msgpack.Decoder(Event)
 _deliveries = msgspec.msgpack.Decoder(list[Delivery])
 _facts = msgspec.msgpack.Decoder(WorkerFacts)
+_adapter = msgspec.msgpack.Decoder(Adapter)
 
 encode = _encoder.encode
 
@@ -151,8 +171,8 @@ def decode_submission(payload: bytes) -> Submission:
         submission = _submission.decode(payload)
     except (msgspec.DecodeError, ValueError) as error:
         raise MessageError(f"not a submission: {error}") from error
-    if submission.version != VERSION:
-        raise MessageError(f"submission of version {submission.version}, this process speaks {VERSION}")
+    if not VERSION <= submission.version <= NEWEST:
+        raise MessageError(f"submission of version {submission.version}, this process speaks {VERSION} to {NEWEST}")
     return submission
 
 
@@ -178,3 +198,11 @@ def decode_facts(payload: bytes) -> WorkerFacts:
         return _facts.decode(payload)
     except UNREADABLE as error:
         raise MessageError(f"not a worker's announcement: {error}") from error
+
+
+def decode_adapter(payload: bytes) -> Adapter:
+    """Raises MessageError when the payload is malformed."""
+    try:
+        return _adapter.decode(payload)
+    except UNREADABLE as error:
+        raise MessageError(f"not an adapter: {error}") from error

@@ -130,7 +130,7 @@ class Queue:
             "submit",
             [request, keys.waiting, keys.leases, keys.fair, repeat],
             *(submission.request_id, encode(submission), mailbox, submission.tenant),
-            encode((submission.cost, submission.turn, len(submission.prompt_token_ids))),
+            encode((submission.cost, submission.turn, len(submission.prompt_token_ids), submission.version)),
             *(submission.priority, self.load.limits, terms.encoded),
         )
         match reply:

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 LAST_PORT = 65535
+ADAPTER_NAME = r"^[A-Za-z0-9_.:/-]+$"
 _ORIGIN = re.compile(r"https?://[a-zA-Z0-9.-]+(:[0-9]+)?|https?://\[[0-9a-fA-F:]+\](:[0-9]+)?")
 
 
@@ -34,6 +35,16 @@ class Settings(BaseSettings):
     reasoning_format: Literal[
         "auto", "none", "think", "mistral", "reasoning", "thinking", "thought", "seed", "command", "harmony"
     ] = Field("auto", description="How it marks its reasoning; auto: as its chat template says.")
+
+    # adapters
+    lora_modules: str = Field(
+        "", description="LoRA adapters (PEFT's folders) served under names of their own: `name=path,name=path`."
+    )
+    allow_lora_loading: bool = Field(
+        False, description="Let an operator load and unload adapters by HTTP; such a request names a path to be read."
+    )
+    max_loras: int = Field(8, ge=1, description="Adapters that a worker keeps in memory, the most recently used ones.")
+    max_lora_rank: int = Field(64, ge=1, le=1024, description="Highest rank of an adapter.")
 
     # where things listen
     redis_url: str = Field(
@@ -185,6 +196,16 @@ class Settings(BaseSettings):
     def _expand_home(cls, path: Path) -> Path:
         return path.expanduser()
 
+    @field_validator("lora_modules")
+    @classmethod
+    def _names_and_paths(cls, modules: str) -> str:
+        names = [pair.partition("=")[0].strip() for pair in modules.split(",") if modules]
+        for pair in modules.split(",") if modules else ():
+            name, _, path = pair.partition("=")
+            if not re.fullmatch(ADAPTER_NAME, name.strip()) or not path.strip() or names.count(name.strip()) > 1:
+                raise ValueError(f"{pair!r} is not name=path, with a name that no other adapter has")
+        return modules
+
     @model_validator(mode="after")
     def _no_contradictions(self) -> Settings:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -198,6 +219,12 @@ class Settings(BaseSettings):
                 f"and spare_workers ({self.spare_workers}), which take the next ones up to {LAST_PORT}"
             )
         return self
+
+    @property
+    def adapter_paths(self) -> dict[str, str]:
+        """Of ``lora_modules``, by name."""
+        pairs = (pair.partition("=") for pair in self.lora_modules.split(",") if self.lora_modules)
+        return {name.strip(): path.strip() for name, _, path in pairs}
 
     @property
     def worker_metrics_ports(self) -> list[int]:

@@ -8,8 +8,10 @@ from typing import Any
 import httpx
 import pytest
 from openai import AsyncOpenAI
+from transformers import LlamaConfig
 
 from tests.service.api.serving import PacedWorker, Server, sse_events, words
+from tokenrelay.model.families import read_hf_config
 from tokenrelay.model.sampling_params import SamplingParams, TokenLogprobs
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.answer_specs import Wording, answer_specs
@@ -43,8 +45,8 @@ def prompt_of(*token_ids: int) -> Submission:
 
 
 def served(tokenizer: Tokenizer) -> ServedModel:
-    dialect = Dialect.of(tokenizer)
-    return ServedModel(name="m", tokenizer=tokenizer, max_model_len=64, embedding_size=8, context=64, dialect=dialect)
+    dialect, network = Dialect.of(tokenizer), read_hf_config(LlamaConfig().to_dict())
+    return ServedModel(name="m", tokenizer=tokenizer, max_model_len=64, network=network, context=64, dialect=dialect)
 
 
 def chat_format(tokenizer: Tokenizer, **fields: Any) -> LogprobsFormat:

@@ -174,11 +174,11 @@ async def test_only_requests_with_a_grammar_wait_for_it() -> None:
     worker, engine, compiler = worker_of()
     for claim in (claim_of("slow", "good"), claim_of("refused", "bad"), claim_of("lost", "good"), claim_of("plain")):
         worker._held.add(claim)
-        worker._start(claim)
+        worker._preparations.start(claim)
     assert engine.added == ["plain"]
     worker._held.forget("lost", epoch=1)
     compiler.gate.set()
-    await asyncio.gather(*worker._compiling)
+    await asyncio.gather(*worker._preparations.tasks.values())
     assert engine.added == ["plain", "slow"]
     assert engine.refused == {"refused": "invalid_grammar"}
 
@@ -203,5 +203,5 @@ def worker_of() -> tuple[Worker, Recorder, SlowCompiler]:
         Settings(),
         "m",
     )
-    worker._engine = recorder  # type: ignore[assignment]
+    worker._preparations._engine = recorder  # type: ignore[assignment]
     return worker, recorder, compiler

@@ -66,9 +66,10 @@ class Hand:
         role: Role,
         network: Counting | None = None,
         vocabulary: TokenBytes | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.network = network or Counting()
-        engine = Engine(Scheduler(EngineConfig(), 64, CONTEXT, []), self.network, CONTEXT)  # type: ignore[arg-type]
+        engine = engine or Engine(Scheduler(EngineConfig(), 64, CONTEXT, []), self.network, CONTEXT)  # type: ignore[arg-type]
         relay = (redis, keys, settings)
         nothing: Any = None
         self.metrics = WorkerMetrics(CollectorRegistry(), "m")
@@ -89,10 +90,18 @@ class Hand:
 
 @asynccontextmanager
 async def working(
-    redis: Redis, keys: Keys, settings: Settings, role: Role, network: Counting | None = None
+    redis: Redis,
+    keys: Keys,
+    settings: Settings,
+    role: Role,
+    network: Counting | None = None,
+    engine: Engine | None = None,
 ) -> AsyncIterator[Hand]:
-    """It is announced when the body begins; in the end it drains, or is simply gone if it was cancelled."""
-    hand = Hand(redis, keys, settings, role, network)
+    """It is announced when the body begins; in the end it drains, or is simply gone if it was cancelled.
+
+    ``engine``: a real one, instead of that which counts.
+    """
+    hand = Hand(redis, keys, settings, role, network, engine=engine)
     running = asyncio.create_task(hand.worker.run())
     await hand.worker.announced.wait()
     yield hand

@@ -92,6 +92,7 @@ class BeamSearch:
             output_token_ids=beam.token_ids,
             cache_salt=request.cache_salt,
             priority=request.priority,
+            adapter=request.adapter,
         )
 
     def _advance(self) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from tokenrelay.model.config import MAX_STREAMING_LEN, DType, EngineConfig, ModelConfig
+from tokenrelay.model.engine.adapter_loading import load_adapter
 from tokenrelay.model.engine.block_tables import Window
 from tokenrelay.model.engine.devices import check_device, fitting_blocks, make_executor
 from tokenrelay.model.engine.model_runner import ModelRunner
@@ -20,6 +21,7 @@ from tokenrelay.model.engine.step import StepOutput
 from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_block
 from tokenrelay.model.transformer.loading import load_transformer
+from tokenrelay.model.transformer.lora import Adapter
 from tokenrelay.model.transformer.transformer import Transformer
 from tokenrelay.model.weights import resolve
 from tokenrelay.model.weights.checkpoint import Checkpoint, open_checkpoint
@@ -133,13 +135,20 @@ class Engine:
         """Queue a request. One that another engine had begun brings its emitted ids along.
 
         Raises:
-            ValueError: the id is known, or prompt and output so far fill the context. (an embedding needs no output)
+            ValueError: the id is known, or prompt and output so far fill the context (an embedding needs no output),
+                or its adapter is not loaded.
         """
         if request.request_id in self.scheduler.requests:
             raise ValueError(f"request {request.request_id!r} is already here")
         if request.num_tokens + (request.pooling is None) > self.max_model_len:
             raise ValueError(f"{request.num_tokens} tokens leave no room in a context of {self.max_model_len}")
+        if request.adapter and request.adapter not in self.runner.adapters:
+            raise ValueError(f"adapter {request.adapter!r} is not loaded")
         self.scheduler.add(request)
+
+    def read_adapter(self, folder: Path, digest: str, max_rank: int) -> Adapter:
+        """What ``runner.adapters`` takes. Any thread may call this. Raises LoRAError."""
+        return load_adapter(folder, digest, self.runner.model, max_rank)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks at once; unknown or finished ids are ignored."""

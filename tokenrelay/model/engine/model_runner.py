@@ -16,6 +16,7 @@ from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.engine.step import Sampled, ScheduledRequest, SchedulerOutput
 from tokenrelay.model.sampling_params import TokenLogprobs
 from tokenrelay.model.transformer.kv_cache import LayerCache, copy_blocks
+from tokenrelay.model.transformer.lora import Adapters
 from tokenrelay.model.transformer.transfer import to_device
 from tokenrelay.model.transformer.transformer import Transformer
 
@@ -36,6 +37,7 @@ class ModelRunner:
         window: Window | None = None,
     ) -> None:
         self.model = model
+        self.adapters = Adapters(model)
         self._kv_cache = kv_cache
         self._sampler = sampler
         self._executor = executor
@@ -48,7 +50,8 @@ class ModelRunner:
         if output.block_copies:
             copy_blocks(self._kv_cache, output.block_copies)
         batch = output.scheduled
-        hidden = self._executor.forward(self._inputs(batch))
+        self.adapters.use([(entry.request.adapter, entry.num_rows) for entry in batch])
+        hidden = self._executor.forward(self._inputs(batch), capturable=not self.adapters.in_use)
         starts = np.cumsum([0, *(entry.num_rows for entry in batch)])
         sampled = self._with_prompt_logprobs(self._sample(batch, hidden, starts), batch, hidden, starts)
         for index, entry in enumerate(batch):

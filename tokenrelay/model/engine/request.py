@@ -20,14 +20,16 @@ class Request:
     """A prompt, what was sampled after it, and how much of both is in the KV cache.
 
     Written by the caller: ``request_id``, ``params``, ``cache_salt``, ``priority`` (lower is sooner), the grammar's
-    ``constraint`` and the prompt; for a resumed request also the ids another engine had already emitted, and
-    mirostat's state after them. With ``pooling`` nothing is sampled: the request ends with the prompt's embedding.
+    ``constraint``, the id of the ``adapter`` ("": none) and the prompt; for a resumed request also the ids another
+    engine had already emitted, and mirostat's state after them. With ``pooling`` nothing is sampled: the request ends
+    with the prompt's embedding.
     Written by the scheduler: everything else.
     """
 
     __slots__ = (
         "_block_hashes",
         "_root_hash",
+        "adapter",
         "arrival",
         "block_table",
         "cache_salt",
@@ -61,6 +63,7 @@ class Request:
         constraint: Constraint | None = None,
         mirostat_mu: float | None = None,
         pooling: Pooling | None = None,
+        adapter: str = "",
     ) -> None:
         if not prompt_token_ids:
             raise ValueError("a prompt needs at least one token")
@@ -69,6 +72,7 @@ class Request:
         self.token_ids = [*prompt_token_ids, *output_token_ids]
         self.num_prompt_tokens = len(prompt_token_ids)
         self.cache_salt = cache_salt
+        self.adapter = adapter
         self.priority = priority
         self.arrival = 0  # what the scheduler numbers requests with
         self.num_computed_tokens = 0  # tokens whose keys and values are in the cache
@@ -86,7 +90,7 @@ class Request:
         if constraint is not None and output_token_ids:
             constraint.accept(output_token_ids)
         self._block_hashes: list[bytes] = []
-        self._root_hash = hashlib.sha256(cache_salt.encode()).digest()
+        self._root_hash = hashlib.sha256(f"{len(adapter)}:{adapter}{cache_salt}".encode()).digest()
 
     @property
     def num_tokens(self) -> int:
@@ -121,7 +125,8 @@ class Request:
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Hashes of the first ``num_blocks`` full blocks: SHA-256 over (parent's hash, token ids), the root being
-        the tenant's salt. So equal hashes mean equal beginnings, of one tenant. (vLLM's prefix caching)"""
+        the adapter and the tenant's salt. So equal hashes mean equal beginnings, of one tenant through one adapter.
+        (vLLM's prefix caching)"""
         hashes = self._block_hashes
         while len(hashes) < num_blocks:
             start = len(hashes) * block_size

@@ -6,11 +6,14 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from msgspec import structs
+
 from tokenrelay.model.chat_template import ChatTemplateError
 from tokenrelay.model.sampling_params import SamplingParams, SamplingParamsError
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.assistant.forced_calls import structure_of
 from tokenrelay.service.api.assistant.prompt import template_arguments
+from tokenrelay.service.api.catalogue import Catalogue
 from tokenrelay.service.api.embedding_inputs import encode_inputs, require_dimensions
 from tokenrelay.service.api.entitlement import most_tokens
 from tokenrelay.service.api.event_loop import off_loop_if_large
@@ -23,7 +26,7 @@ from tokenrelay.service.api.schemas.structured import Structure
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.structured import Grammars
 from tokenrelay.service.errors import ContextLengthExceeded, InvalidRequestError
-from tokenrelay.service.messages import Submission
+from tokenrelay.service.messages import ADAPTER_VERSION, Adapter, Submission
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.tenants import DEFAULT_TENANT, Tenant
 from tokenrelay.service.terms import part_ids
@@ -41,47 +44,53 @@ class Admission:
     """Turns bodies into submissions for one served model, of one tenant."""
 
     def __init__(
-        self, model: ServedModel, settings: Settings, grammars: Grammars, tenant: Tenant = DEFAULT_TENANT
+        self,
+        model: ServedModel,
+        catalogue: Catalogue,
+        settings: Settings,
+        grammars: Grammars,
+        tenant: Tenant = DEFAULT_TENANT,
     ) -> None:
         self._model = model
+        self._catalogue = catalogue
         self._settings = settings
         self._max_n = settings.max_n
         self._grammars = grammars
         self._tenant = tenant
 
     def of(self, tenant: Tenant) -> Admission:
-        return Admission(self._model, self._settings, self._grammars, tenant)
+        return Admission(self._model, self._catalogue, self._settings, self._grammars, tenant)
 
     async def chat(self, body: ChatCompletionRequest, request_id: str, *, fit: bool = False) -> list[Submission]:
         """``fit``: where there is room for fewer tokens than are asked for, so many are meant."""
-        self._require_servable(body)
+        adapter = await self._servable(body)
         prompt, structure = await off_loop_if_large(body.size, LARGE_TEXT, lambda: self._prompt_and_structure(body))
         body, default = _fitting(body, self._model.context) if fit else (body, self._model.context)
-        return await self._submissions(body, request_id, [prompt], "messages", default, structure)
+        return _with(adapter, await self._submissions(body, request_id, [prompt], "messages", default, structure))
 
     async def count_tokens(self, body: ChatCompletionRequest) -> int:
         """Of what the model would read."""
-        self._require_servable(body)
+        await self._servable(body)
         return len(await off_loop_if_large(body.size, LARGE_TEXT, lambda: encode_chat(self._model, body)))
 
     async def completion(self, body: CompletionRequest, request_id: str, *, fit: bool = False) -> list[Submission]:
-        self._require_servable(body)
+        adapter = await self._servable(body)
         _require_at_most(len(body.prompts), self._max_n, "prompt", "prompts in one request")
         prompts = await off_loop_if_large(sum(map(len, body.prompts)), LARGE_TEXT, self._encoder(body))
         body, default = _fitting(body, self._model.context) if fit else (body, COMPLETIONS_MAX_TOKENS)
-        return await self._submissions(body, request_id, prompts, "prompt", default, body.structure)
+        return _with(adapter, await self._submissions(body, request_id, prompts, "prompt", default, body.structure))
 
     async def embedding(self, body: EmbeddingRequest, request_id: str) -> list[Submission]:
         model = self._model
-        model.require(body.model)
+        adapter = await self._catalogue.adapter(body.model)
         most = min(self._settings.max_inputs, self._settings.max_waiting)  # they wait together
         _require_at_most(len(body.inputs), most, "input", "inputs in one request")
-        require_dimensions(body, model.embedding_size)
+        require_dimensions(body, model.network.hidden_size)
         size = sum(map(len, body.inputs))
         inputs = await off_loop_if_large(
             size, LARGE_TEXT, lambda: encode_inputs(body, model.tokenizer, model.max_model_len)
         )
-        return [
+        submissions = [
             Submission(
                 request_id=input_id,
                 prompt_token_ids=token_ids,
@@ -94,11 +103,14 @@ class Admission:
             )
             for input_id, token_ids in zip(part_ids(request_id, len(inputs)), inputs, strict=True)
         ]
+        return _with(adapter, submissions)
 
-    def _require_servable(self, body: GenerationRequest) -> None:
-        self._model.require(body.model)
+    async def _servable(self, body: GenerationRequest) -> Adapter | None:
+        """The adapter it asks for, if it does. Raises NotFoundError or InvalidRequestError for what is not served."""
+        adapter = await self._catalogue.adapter(body.model)
         _require_at_most(body.n or 1, self._max_n, "n", "choices per prompt")
         _require_at_most(body.num_generated, self._max_n, "best_of", "choices per prompt")
+        return adapter
 
     def _prompt_and_structure(self, body: ChatCompletionRequest) -> tuple[list[int], Structure | None]:
         """Of a chat: its tokens, and what the answer must be."""
@@ -176,6 +188,12 @@ class Admission:
                 param=param,
             )
         return limit - num_prompt
+
+
+def _with(adapter: Adapter | None, submissions: list[Submission]) -> list[Submission]:
+    if adapter is None:
+        return submissions
+    return [structs.replace(each, adapter=adapter, version=ADAPTER_VERSION) for each in submissions]
 
 
 def _fitting(body: Body, default: int) -> tuple[Body, int]:

@@ -78,7 +78,7 @@ def _answer_spec(
         prompt_token_ids=submission.prompt_token_ids if tells_prompt else [],
         prompt_tail=[] if is_chat or body.num_logprobs is None else submission.prompt_tail,
         on_disconnect=body.on_disconnect or "cancel",
-        system_fingerprint=model.fingerprint,
+        system_fingerprint=model.fingerprint_with(submission.adapter),
         service_tier=body.granted_tier,
         include_continuous_usage=body.continuous_usage,
         include_timings=bool(body.timings_per_token),

@@ -10,7 +10,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from tokenrelay import __version__
-from tokenrelay.service.api import chat, completions, embeddings, health, models, requests, tokenization, usage
+from tokenrelay.service.adapters import named_adapters
+from tokenrelay.service.api import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    health,
+    models,
+    requests,
+    tokenization,
+    usage,
+)
 from tokenrelay.service.api.anthropic import routes as anthropic
 from tokenrelay.service.api.authentication import AuthenticationMiddleware
 from tokenrelay.service.api.error_handlers import add_error_handlers
@@ -34,18 +45,22 @@ EXPOSED_HEADERS = [  # to a page's scripts
 PARTS = (
     *(chat, completions, responses, embeddings, tokenization),
     *(anthropic, ollama, ollama_models),
-    *(requests, models, usage, health),
+    *(requests, models, adapters, usage, health),
 )
 
 
 def create_app(settings: Settings, model: ServedModel) -> FastAPI:
-    """An application that serves ``model``; its lifespan connects to ``settings.redis_url``. Raises ApiKeysError."""
+    """An application that serves ``model``; its lifespan connects to ``settings.redis_url``.
+
+    Raises ApiKeysError, and ValueError for an adapter that the settings name.
+    """
     metrics = ApiMetrics(new_registry(), model.name, settings.metrics_tenants)
     keyring = Keyring(settings.api_keys_file, metrics)
+    named = named_adapters(settings, model.name, model.network)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(settings, model, metrics, keyring) as process:
+        async with running(settings, model, metrics, keyring, named) as process:
             app.state.api = process
             yield
 

@@ -16,6 +16,11 @@ from tokenrelay.service.tenants import DEFAULT_TENANT, Tenant
 
 HEALTH = frozenset({"/livez", "/readyz", "/health"})  # whoever restarts or balances servers has no key
 METRICS = "/metrics"
+OPERATORS = {  # only for them, and why
+    METRICS: "/metrics tells of all tenants",
+    "/v1/load_lora_adapter": "Adapters are for all tenants",
+    "/v1/unload_lora_adapter": "Adapters are for all tenants",
+}
 
 
 class AuthenticationMiddleware:
@@ -45,8 +50,8 @@ class AuthenticationMiddleware:
         tenant = self._keyring.owner(secrets)
         if not tenant:
             raise Unauthorized(_WRONG if secrets else _MISSING)
-        if scope["path"] == METRICS and not tenant.is_operator:
-            raise Forbidden("/metrics tells of all tenants, so it needs an operator's key.")
+        if scope["path"] in OPERATORS and not tenant.is_operator:
+            raise Forbidden(f"{OPERATORS[scope['path']]}, so it needs an operator's key.")
         return tenant
 
 

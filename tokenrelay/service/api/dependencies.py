@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from tokenrelay.service.api.admission import Admission
+from tokenrelay.service.api.catalogue import Catalogue
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.readiness import Readiness
 from tokenrelay.service.api.served_model import ServedModel
@@ -37,6 +38,10 @@ async def _model(api: Api) -> ServedModel:
     return api.model
 
 
+async def _catalogue(api: Api) -> Catalogue:
+    return api.catalogue
+
+
 async def _readiness(api: Api) -> Readiness:
     return api.readiness
 
@@ -47,6 +52,7 @@ async def _relay_id(request: Request) -> str:
 
 
 AdmissionDep = Annotated[Admission, Depends(_admission)]  # of who asks
+CatalogueDep = Annotated[Catalogue, Depends(_catalogue)]
 Model = Annotated[ServedModel, Depends(_model)]
 ReadinessDep = Annotated[Readiness, Depends(_readiness)]
 RelayId = Annotated[str, Depends(_relay_id)]  # what the broker calls this HTTP request's work

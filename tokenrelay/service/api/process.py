@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import structlog
 
+from tokenrelay.service.adapters import AdapterDirectory
 from tokenrelay.service.api.admission import Admission
+from tokenrelay.service.api.catalogue import Catalogue
 from tokenrelay.service.api.generation import Generations
 from tokenrelay.service.api.keyring import Keyring
 from tokenrelay.service.api.queue_watch import QueueWatch
@@ -23,6 +25,7 @@ from tokenrelay.service.broker import connect
 from tokenrelay.service.errors import BrokerUnavailable
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.mailbox import Mailbox
+from tokenrelay.service.messages import Adapter
 from tokenrelay.service.metrics import ApiMetrics
 from tokenrelay.service.queue import Queue
 from tokenrelay.service.registry import Registry
@@ -41,6 +44,8 @@ class ApiProcess:
     settings: Settings
     model: ServedModel
     metrics: ApiMetrics
+    adapters: AdapterDirectory
+    catalogue: Catalogue
     admission: Admission
     queue: Queue
     generations: Generations
@@ -60,7 +65,11 @@ class ApiProcess:
 
 @asynccontextmanager
 async def running(
-    settings: Settings, model: ServedModel, metrics: ApiMetrics, keyring: Keyring
+    settings: Settings,
+    model: ServedModel,
+    metrics: ApiMetrics,
+    keyring: Keyring,
+    named_adapters: Mapping[str, Adapter],
 ) -> AsyncIterator[ApiProcess]:
     """An API process that listens to its mailbox. Needs no broker to start: it waits for one."""
     keys = Keys(model.name)
@@ -68,13 +77,17 @@ async def running(
     redis, blocking_redis = connect(url, ca_file=ca_file), connect(url, blocking=True, ca_file=ca_file)
     queue = Queue(redis, keys, settings)
     grammars = Grammars(model.tokenizer)
+    adapters = AdapterDirectory(redis, keys, named_adapters)
+    catalogue = Catalogue(model, adapters)
     records, token_log = RequestRecords(redis, keys), TokenLog(redis, keys, settings)
     mailbox = Mailbox(blocking_redis, redis, keys, token_log, f"api-{uuid.uuid4().hex}")
     process = ApiProcess(
         settings=settings,
         model=model,
         metrics=metrics,
-        admission=Admission(model, settings, grammars),
+        adapters=adapters,
+        catalogue=catalogue,
+        admission=Admission(model, catalogue, settings, grammars),
         queue=queue,
         generations=Generations(queue, mailbox, records, metrics, settings.disconnect_grace_seconds),
         records=records,

@@ -7,13 +7,13 @@ import time
 from dataclasses import dataclass, field
 
 from tokenrelay import __version__
-from tokenrelay.model.config import MAX_STREAMING_LEN
+from tokenrelay.model.config import MAX_STREAMING_LEN, ModelConfig
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.model.weights import ModelDescription, describe, read_model_config, resolve
 from tokenrelay.model.weights.sources import ModelSource
 from tokenrelay.service.api.assistant.dialect import Dialect
 from tokenrelay.service.api.schemas.models import ModelCard
-from tokenrelay.service.errors import NotFoundError
+from tokenrelay.service.messages import Adapter
 from tokenrelay.service.settings import Settings
 
 
@@ -22,7 +22,7 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     max_model_len: int  # of prompt and output
-    embedding_size: int
+    network: ModelConfig
     context: int  # tokens that attention sees at once: less than that, if sequences may outgrow it
     dialect: Dialect
     fingerprint: str = ""  # of what decides a text beside the request
@@ -33,14 +33,8 @@ class ServedModel:
     def card(self) -> ModelCard:
         return ModelCard(id=self.name, created=self.created, max_model_len=self.max_model_len)
 
-    def require(self, name: str) -> None:
-        """Raises NotFoundError when a client asks for another model."""
-        if name != self.name:
-            raise NotFoundError(
-                f"The model '{name[:100]}' is not served here; this server has '{self.name}'.",
-                param="model",
-                code="model_not_found",
-            )
+    def fingerprint_with(self, adapter: Adapter | None) -> str:
+        return _digest((self.fingerprint, adapter.digest)) if adapter else self.fingerprint
 
 
 def load_served_model(settings: Settings) -> ServedModel:
@@ -54,7 +48,7 @@ def load_served_model(settings: Settings) -> ServedModel:
         name=settings.served_model_name or source.name,
         tokenizer=tokenizer,
         max_model_len=MAX_STREAMING_LEN if settings.attention_sinks else context,
-        embedding_size=config.hidden_size,
+        network=config,
         context=context,
         dialect=Dialect.of(tokenizer, settings.tool_call_format, settings.reasoning_format),
         fingerprint=_fingerprint(settings, source),
@@ -66,4 +60,8 @@ def _fingerprint(settings: Settings, source: ModelSource) -> str:
     """The same wherever equal requests with equal seeds give equal texts; OpenAI's ``system_fingerprint``."""
     deciding = (__version__, source.name, source.kind, settings.device, settings.dtype, settings.kv_cache_dtype)
     limits = (settings.max_model_len, settings.attention_sinks)
-    return f"fp_{hashlib.sha256(repr((deciding, limits)).encode()).hexdigest()[:10]}"
+    return _digest((deciding, limits))
+
+
+def _digest(deciding: object) -> str:
+    return f"fp_{hashlib.sha256(repr(deciding).encode()).hexdigest()[:10]}"

@@ -14,7 +14,8 @@ from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.admission import LARGE_TEXT, encode_chat
 from tokenrelay.service.api.assistant.prompt import template_arguments
 from tokenrelay.service.api.body import json_body, validate
-from tokenrelay.service.api.dependencies import Model
+from tokenrelay.service.api.catalogue import Catalogue
+from tokenrelay.service.api.dependencies import CatalogueDep, Model
 from tokenrelay.service.api.event_loop import off_loop_if_large
 from tokenrelay.service.api.openapi import documented
 from tokenrelay.service.api.sampling import require_known
@@ -37,25 +38,29 @@ router = APIRouter(prefix="/v1", tags=["tokenizer"])
 
 
 @router.post("/tokenize", **documented(TokenizeRequest, Tokenized, queued=False))
-async def tokenize(body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))], model: Model) -> Response:
+async def tokenize(
+    body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))], model: Model, catalogue: CatalogueDep
+) -> Response:
     """A text, or a chat as the model's template renders it, as token ids."""
-    return await _answer(model, body.model, body.size, lambda: _tokenized(model, body))
+    return await _answer(catalogue, body.model, body.size, lambda: _tokenized(model, body))
 
 
 @router.post("/detokenize", **documented(DetokenizeRequest, Detokenized, queued=False))
 async def detokenize(
-    body: Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))], model: Model
+    body: Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))], model: Model, catalogue: CatalogueDep
 ) -> Response:
     """Token ids as text, special tokens included."""
-    return await _answer(model, body.model, len(body.tokens), lambda: _detokenized(model.tokenizer, body.tokens))
+    return await _answer(catalogue, body.model, len(body.tokens), lambda: _detokenized(model.tokenizer, body.tokens))
 
 
 @router.post("/apply-template", **documented(ApplyTemplateRequest, RenderedPrompt, queued=False))
 async def apply_template(
-    body: Annotated[ApplyTemplateRequest, Depends(json_body(ApplyTemplateRequest))], model: Model
+    body: Annotated[ApplyTemplateRequest, Depends(json_body(ApplyTemplateRequest))],
+    model: Model,
+    catalogue: CatalogueDep,
 ) -> Response:
     """A chat as the text that the model's template makes of it."""
-    return await _answer(model, body.model, body.size, lambda: _rendered(model, body))
+    return await _answer(catalogue, body.model, body.size, lambda: _rendered(model, body))
 
 
 @router.get("/tokenizer_info")
@@ -72,10 +77,11 @@ async def tokenizer_info(model: Model) -> TokenizerInfo:
     )
 
 
-async def _answer(model: ServedModel, name: str | None, size: int, work: Callable[[], BaseModel]) -> Response:
-    """The work and its writing down in one thread, if it is large: a body may hold megabytes."""
+async def _answer(catalogue: Catalogue, name: str | None, size: int, work: Callable[[], BaseModel]) -> Response:
+    """The work and its writing down in one thread, if it is large: a body may hold megabytes. An adapter's tokens are
+    its model's."""
     if name is not None:
-        model.require(name)
+        await catalogue.adapter(name)
     content = await off_loop_if_large(size, LARGE_TEXT, lambda: work().model_dump_json())
     return Response(content, media_type="application/json")
 

@@ -13,7 +13,7 @@ from redis.exceptions import NoScriptError
 
 from tokenrelay.service.broker import broker_errors
 from tokenrelay.service.keys import LUA_CONSTANTS, Keys
-from tokenrelay.service.messages import VERSION
+from tokenrelay.service.messages import NEWEST
 
 _ACCEPTING = ("submit", "store_response")
 
@@ -57,7 +57,7 @@ def source(name: str) -> str:
     on and ended, which is also what frees memory again.
     """
     shebang = "#!lua" if name in _ACCEPTING else "#!lua flags=allow-oom"
-    named = {**LUA_CONSTANTS, "VERSION": VERSION}
+    named = {**LUA_CONSTANTS, "NEWEST": NEWEST}
     constants = "\n".join(f"local {constant} = {value}" for constant, value in named.items())
     return "\n".join((shebang, constants, _read("library"), _read("tenants"), _read(name)))
 

@@ -66,7 +66,7 @@ while #claimed < limit do
   local last_attempt = request and on_its_last_attempt(request)
   if not request then
     leave(id)
-  elseif tonumber(field(id, 'version') or 1) > VERSION or tonumber(field(id, 'deadline') or math.huge) <= now then
+  elseif tonumber(field(id, 'version') or 1) > NEWEST or tonumber(field(id, 'deadline') or math.huge) <= now then
     place = place + 1
   elseif last_attempt and (#claimed > 0 or unsuspected ~= '1') then
     break

@@ -1,6 +1,7 @@
 -- Accept a request, once per request id and per idempotency key.
 -- KEYS: request, waiting, leases, fair, idempotency key (the request again if the caller gave none)
--- ARGV: prefix, id, payload, mailbox, tenant, msgpack of {cost, cost over the tenant's weight, tokens of the prompt},
+-- ARGV: prefix, id, payload, mailbox, tenant, msgpack of {cost, cost over the tenant's weight, tokens of the prompt, its
+--       version},
 --       priority, msgpack of the queue's limits,
 --       msgpack of {how to answer, timeout in ms or 0, fingerprint of the body, retention in ms or 0 for the usual,
 --       the tenant's limits}
@@ -10,7 +11,7 @@
 
 local request, waiting, leases, fair, idempotency = unpack(KEYS)
 local _, id, payload, mailbox, tenant, size, priority, limits, terms = unpack(ARGV)
-local cost, turn, num_prompt_tokens = unpack(cmsgpack.unpack(size))
+local cost, turn, num_prompt_tokens, version = unpack(cmsgpack.unpack(size))
 local answer, timeout_ms, fingerprint, retention_ms, tenant_limits = unpack(cmsgpack.unpack(terms))
 local keyed = idempotency ~= request
 local CLASS = 2 ^ 44  -- room of one priority class in the score: 17 trillion tokens of virtual time
@@ -60,7 +61,7 @@ local now = now_ms()
 redis.call('HSET', request, 'payload', payload, 'state', 'waiting', 'owner', '', 'epoch', 0, 'attempts', 0, 'next', 1,
   'mailboxes', mailbox, 'score', score, 'start', integer(start), 'submitted_at', now, 'waiting_since', now,
   'tenant', tenant, 'cost', cost, 'prompt_tokens', num_prompt_tokens,
-  'idempotency', keyed and idempotency or '', 'version', VERSION,
+  'idempotency', keyed and idempotency or '', 'version', version,
   'answer', answer, 'fingerprint', fingerprint, 'readers', mailbox)
 note(id, 'queued')
 if retention_ms > 0 then redis.call('HSET', request, 'retention', retention_ms) end

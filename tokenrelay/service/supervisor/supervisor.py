@@ -19,7 +19,8 @@ from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
 
-from tokenrelay.model.weights import resolve
+from tokenrelay.model.weights import read_model_config, resolve
+from tokenrelay.service.adapters import named_adapters
 from tokenrelay.service.broker import connect
 from tokenrelay.service.embedded_valkey import EmbeddedValkey
 from tokenrelay.service.errors import BrokerUnavailable
@@ -40,11 +41,13 @@ def supervise(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code: 0 after a drain, 1 after giving up.
 
     SIGHUP restarts every process in turn. Raises OSError if a port is taken, EmbeddedValkeyError, ModelSourceError,
-    ApiKeysError.
+    ApiKeysError, LoRAError.
     """
     if settings.api_keys_file:
         read_api_keys(Path(settings.api_keys_file).expanduser())  # or every API process would say so, again and again
     source = resolve(settings.model, cache_dir=settings.cache_dir)
+    if settings.lora_modules:
+        named_adapters(settings, settings.served_model_name or source.name, read_model_config(source))
     with ExitStack() as stack:
         listener = stack.enter_context(_listening(settings.host, settings.port, "port"))
         metrics = [

@@ -15,6 +15,7 @@ from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.engine.step import StepOutput
 from tokenrelay.model.structured.compiler import CompiledGrammar
 from tokenrelay.model.structured.constraint import Constraint
+from tokenrelay.model.transformer.lora import Adapter
 from tokenrelay.service.errors import ContextLengthExceeded, InvalidGrammar
 from tokenrelay.service.messages import Error
 from tokenrelay.service.metrics import WorkerMetrics
@@ -74,9 +75,17 @@ class EngineThread(threading.Thread):
         """``grammar`` is the submission's, compiled."""
         self._commands.put(lambda: self._add(claim, grammar))
 
-    def refuse(self, claim: Claim, error: Error) -> None:
-        """End the request with an error, nothing of it computed."""
+    def refuse(self, claim: Claim, error: Error | None) -> None:
+        """End the request with an error, or as cancelled, nothing of it computed."""
         self._commands.put(lambda: self._refuse(claim, error))
+
+    def add_adapter(self, adapter_id: str, adapter: Adapter) -> None:
+        """Requests that are added later may use it."""
+        self._commands.put(lambda: self._engine.runner.adapters.add(adapter_id, adapter))
+
+    def remove_adapter(self, adapter_id: str) -> None:
+        """No request that was added, and is not dropped, may use it."""
+        self._commands.put(lambda: self._engine.runner.adapters.remove(adapter_id))
 
     def cancel(self, request_id: str) -> None:
         """End the request with a terminal event, its blocks free before the next step."""
@@ -153,11 +162,14 @@ class EngineThread(threading.Thread):
             if request.constraint is not None:
                 self._constraints[request.request_id] = request.constraint
 
-    def _refuse(self, claim: Claim, error: Error) -> None:
+    def _refuse(self, claim: Claim, error: Error | None) -> None:
         request_id = claim.submission.request_id
         self._abort(self._processor.drop(request_id))
         self._processor.begin(claim)
-        self._processor.fail(request_id, error)
+        if error is None:
+            self._processor.cancel(request_id)
+        else:
+            self._processor.fail(request_id, error)
 
     def _without_failed(self, outputs: Sequence[StepOutput]) -> list[StepOutput]:
         """A grammar that cannot be followed any further ends its request with an error, whatever the step gave it."""

@@ -218,6 +218,7 @@ def _engine_request(
         constraint=constraint,
         mirostat_mu=so_far.mirostat_mu if so_far else None,
         pooling=submission.pooling,
+        adapter=submission.adapter.digest if submission.adapter else "",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -16,17 +17,18 @@ import structlog
 from tokenrelay import __version__
 from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.structured.compiler import GrammarCompiler
-from tokenrelay.model.structured.errors import GrammarError
-from tokenrelay.service.errors import BrokerUnavailable, InvalidGrammar
-from tokenrelay.service.messages import Error, WorkerFacts
+from tokenrelay.service.errors import BrokerUnavailable
+from tokenrelay.service.messages import WorkerFacts
 from tokenrelay.service.metrics import WorkerMetrics
-from tokenrelay.service.queue import Claim, Queue
+from tokenrelay.service.queue import Queue
 from tokenrelay.service.registry import Registry
 from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import Publication, TokenLog
+from tokenrelay.service.worker.adapter_shelf import AdapterShelf
 from tokenrelay.service.worker.engine_thread import EngineThread
 from tokenrelay.service.worker.holdings import Holdings
 from tokenrelay.service.worker.output_processor import OutputProcessor
+from tokenrelay.service.worker.preparation import Preparations
 from tokenrelay.service.worker.progress import LOOK_SECONDS
 from tokenrelay.service.worker.pulse import Pulse
 from tokenrelay.service.worker.role import Role, new_worker_id
@@ -54,8 +56,6 @@ class Worker:
         self.announced = asyncio.Event()
         self._queue, self._token_log, self._registry = queue, token_log, registry
         self._metrics, self._settings, self._model = metrics, settings, model
-        self._compiler = compiler
-        self._compiling: set[asyncio.Task[None]] = set()
         self._max_model_len = engine.max_model_len
         self._held = Holdings(settings.max_attempts)
         self._wake = asyncio.Event()
@@ -73,6 +73,12 @@ class Worker:
             on_death=self._note_death,
             pulse=Pulse(settings.watchdog_seconds),
         )
+        self._shelf = AdapterShelf(
+            self._engine,
+            lambda adapter: engine.read_adapter(Path(adapter.path), adapter.digest, settings.max_lora_rank),
+            settings.max_loras,
+        )
+        self._preparations = Preparations(self._engine, compiler, self._shelf, self._held, self._note_prepared)
 
     def drain(self) -> None:
         """Claim nothing more, finish what runs up to the limit, hand back the rest. (SIGTERM)"""
@@ -99,9 +105,10 @@ class Worker:
             await self._until_drained_or_dead()
             await self._hand_back()
         finally:
-            for task in (*loops, *self._compiling):
+            tasks = [*loops, *self._preparations.tasks.values()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*loops, *self._compiling, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     # --- the six loops --------------------------------------------------------------------------------------------
 
@@ -125,13 +132,13 @@ class Worker:
                 self._held.add(claim)
                 self._metrics.queue_time.observe(claim.queued_seconds)
                 self._metrics.resumed_requests.inc(bool(claim.log))
-                self._start(claim)
+                self._preparations.start(claim)
         await self._woken(self._settings.announce_seconds if self._spare else self._settings.heartbeat_seconds)
 
     def _room(self) -> int:
         """For how many requests there is room."""
         state = self._engine.state
-        if state.num_waiting or self._drain.is_set() or self._held.on_trial:
+        if state.num_waiting or self._drain.is_set() or self._held.on_trial or self._shelf.is_full:
             return 0
         return self._settings.max_num_seqs - max(len(self._held), state.num_choices)
 
@@ -149,7 +156,7 @@ class Worker:
         for request_id in renewal.lost:
             self._lose(request_id, held[request_id])
         for request_id in renewal.cancelled:
-            self._engine.cancel(request_id)
+            self._cancel(request_id)
         await self._queue.expire()
         if self._loop.time() >= self._reclaim_from and await self._queue.reclaim():
             self._wake.set()
@@ -180,6 +187,7 @@ class Worker:
                 if not await self._token_log.finish(self.worker_id, publication):
                     refused.add(publication.request_id)
                 self._held.forget(publication.request_id, publication.epoch)
+                self._shelf.release((publication.request_id, publication.epoch))
                 self._wake.set()
             if publication.request_id in refused:
                 self._metrics.fenced_writes.inc()
@@ -195,7 +203,7 @@ class Worker:
         async for message in self._queue.wakeups():
             verb, _, request_id = message.partition(" ")
             if verb == "cancel" and request_id in self._held:
-                self._engine.cancel(request_id)
+                self._cancel(request_id)
             elif verb == "drop" and request_id in self._held:
                 self._lose(request_id, self._held.epochs[request_id])
             self._wake.set()
@@ -208,34 +216,15 @@ class Worker:
 
     # --- the rest -------------------------------------------------------------------------------------------------
 
-    def _start(self, claim: Claim) -> None:
-        """Compiling a grammar delays its own request, and no other."""
-        if not claim.submission.params.grammar:
-            self._engine.add(claim)
-            return
-        task = asyncio.create_task(self._compile(claim))
-        self._compiling.add(task)
-        task.add_done_callback(self._compiling.discard)
-        task.add_done_callback(self._note_loop_end)
-
-    async def _compile(self, claim: Claim) -> None:
-        submission = claim.submission
-        grammar, failure = None, ""
-        try:
-            grammar = await asyncio.to_thread(self._compiler.compile, submission.params.grammar)
-        except GrammarError as error:
-            failure = f"The grammar cannot be used: {error}."
-        if self._held.epochs.get(submission.request_id) != claim.epoch:
-            return  # lost meanwhile
-        if grammar is None:
-            self._engine.refuse(claim, Error(message=failure, code=InvalidGrammar.code, status=InvalidGrammar.status))
-        else:
-            self._engine.add(claim, grammar)
+    def _cancel(self, request_id: str) -> None:
+        if not self._preparations.cancel(request_id):
+            self._engine.cancel(request_id)
 
     def _lose(self, request_id: str, epoch: int) -> None:
         """Another owns it now; unless that is us again, under a newer epoch."""
         if self._held.forget(request_id, epoch):
             self._engine.drop(request_id)
+            self._shelf.release((request_id, epoch))
 
     async def _until_drained_or_dead(self) -> None:
         drain = asyncio.create_task(self._drain.wait())
@@ -288,6 +277,10 @@ class Worker:
         """A worker that goes on without one of its loops would look alive, and claim or publish nothing."""
         if not task.cancelled() and (error := task.exception()) is not None:
             self._die(error)
+
+    def _note_prepared(self, task: asyncio.Task[None]) -> None:
+        self._note_loop_end(task)
+        self._wake.set()  # while it waited for an adapter's room, nothing was claimed
 
     def _die(self, error: BaseException) -> None:
         if not self._death.done():

@@ -1,4 +1,4 @@
-"""GET /api/tags, /api/ps and /api/version, POST /api/show: the one model, in Ollama's words."""
+"""GET /api/tags, /api/ps and /api/version, POST /api/show: the model and its adapters, in Ollama's words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 
 from tokenrelay.service.api.body import json_body
-from tokenrelay.service.api.dependencies import Api, Model
+from tokenrelay.service.api.dependencies import Api, CatalogueDep, Model
 from tokenrelay.service.api.ollama.answer import (
     OllamaDetails,
     OllamaModel,
@@ -23,6 +23,7 @@ from tokenrelay.service.api.ollama.ollama_format import timestamp
 from tokenrelay.service.api.ollama.request import ShowRequest
 from tokenrelay.service.api.ollama.translation import LATEST, named
 from tokenrelay.service.api.openapi import documented
+from tokenrelay.service.api.schemas.models import ModelCard
 from tokenrelay.service.api.served_model import ServedModel
 
 SPOKEN = "0.12.0"  # of Ollama's API: front-ends ask for the least they need
@@ -38,19 +39,9 @@ async def ollama_version() -> OllamaVersion:
 
 
 @router.get("/api/tags")
-async def list_tags(model: Model) -> OllamaModels:
-    """The one model there is."""
-    name, described = _tagged(model.name), model.description
-    modified_at = timestamp(described.modified_at)
-    listed = OllamaModel(
-        name=name,
-        model=name,
-        modified_at=modified_at,
-        size=described.size,
-        digest=_digest(model),
-        details=_details(model),
-    )
-    return OllamaModels(models=[listed])
+async def list_tags(model: Model, catalogue: CatalogueDep) -> OllamaModels:
+    """The one model there is, and its adapters."""
+    return OllamaModels(models=[_listed(card, model) for card in await catalogue.cards()])
 
 
 @router.get("/api/ps")
@@ -61,7 +52,7 @@ async def list_running(model: Model, api: Api) -> RunningOllamaModels:
         name=name,
         model=name,
         size=size,
-        digest=_digest(model),
+        digest=_digest(model, model.name),
         details=_details(model),
         expires_at=NEVER,
         size_vram=size if api.settings.device == "cuda" else 0,
@@ -71,9 +62,11 @@ async def list_running(model: Model, api: Api) -> RunningOllamaModels:
 
 
 @router.post("/api/show", **documented(ShowRequest, ShownModel, OllamaErrorBody))
-async def show(body: Annotated[ShowRequest, Depends(json_body(ShowRequest))], model: Model) -> ShownModel:
+async def show(
+    body: Annotated[ShowRequest, Depends(json_body(ShowRequest))], model: Model, catalogue: CatalogueDep
+) -> ShownModel:
     """What it is, and how it is talked to."""
-    model.require(named(body.model, model.name))
+    await catalogue.adapter(named(body.model, model.name))
     family = model.description.family
     return ShownModel(
         modelfile="",
@@ -90,19 +83,32 @@ async def show(body: Annotated[ShowRequest, Depends(json_body(ShowRequest))], mo
     )
 
 
+def _listed(card: ModelCard, model: ServedModel) -> OllamaModel:
+    """An adapter is as large as its model: that is what it runs in."""
+    name = _tagged(card.id)
+    return OllamaModel(
+        name=name,
+        model=name,
+        modified_at=timestamp(card.created if card.parent else model.description.modified_at),
+        size=model.description.size,
+        digest=_digest(model, card.id),
+        details=_details(model, card.parent),
+    )
+
+
 def _tagged(name: str) -> str:
     return name if ":" in name else name + LATEST
 
 
-def _digest(model: ServedModel) -> str:
+def _digest(model: ServedModel, name: str) -> str:
     described = model.description
-    return hashlib.sha256(f"{model.name}\n{described.size}\n{described.modified_at}".encode()).hexdigest()
+    return hashlib.sha256(f"{name}\n{described.size}\n{described.modified_at}".encode()).hexdigest()
 
 
-def _details(model: ServedModel) -> OllamaDetails:
+def _details(model: ServedModel, parent: str | None = None) -> OllamaDetails:
     described = model.description
     return OllamaDetails(
-        parent_model="",
+        parent_model=parent or "",
         format=described.file_format,
         family=described.family,
         families=[described.family],

@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse, Response
 from tokenrelay.service.api.answer_specs import Body, Wording
 from tokenrelay.service.api.answering import answer
 from tokenrelay.service.api.body import json_body
-from tokenrelay.service.api.dependencies import AdmissionDep, Model, RelayId
+from tokenrelay.service.api.catalogue import Catalogue
+from tokenrelay.service.api.dependencies import AdmissionDep, CatalogueDep, Model, RelayId
 from tokenrelay.service.api.ollama.answer import OllamaChatAnswer, OllamaGenerateAnswer, OllamaMessage
 from tokenrelay.service.api.ollama.errors import OllamaErrorBody
 from tokenrelay.service.api.ollama.ollama_format import timestamp
@@ -38,10 +39,11 @@ async def chat(
     body: Annotated[OllamaChatRequest, Depends(json_body(OllamaChatRequest))],
     admission: AdmissionDep,
     model: Model,
+    catalogue: CatalogueDep,
     relay_id: RelayId,
 ) -> Response:
     """Continue a conversation. Unless ``stream=false``, the answer comes in lines of JSON while it is generated."""
-    _require_loaded(body, model)
+    await _require_loaded(body, model, catalogue)
     if not body.messages:
         return _loaded(OllamaChatAnswer, body.model, message=OllamaMessage(role="assistant", content=""))
     await require_room(request)
@@ -62,10 +64,11 @@ async def generate(
     body: Annotated[OllamaGenerateRequest, Depends(json_body(OllamaGenerateRequest))],
     admission: AdmissionDep,
     model: Model,
+    catalogue: CatalogueDep,
     relay_id: RelayId,
 ) -> Response:
     """Answer a prompt, or continue it with ``raw=true``. Unless ``stream=false``, in lines of JSON."""
-    _require_loaded(body, model)
+    await _require_loaded(body, model, catalogue)
     if body.raw and (body.system or body.think is not None):
         raise InvalidRequestError("'raw' goes without system and think: the prompt is all that is read.", param="raw")
     if not body.prompt:
@@ -81,9 +84,11 @@ async def generate(
     return await _answer(request, given, submissions, "ollama_generate", body.model)
 
 
-def _require_loaded(body: OllamaChatRequest | OllamaGenerateRequest, model: ServedModel) -> None:
+async def _require_loaded(
+    body: OllamaChatRequest | OllamaGenerateRequest, model: ServedModel, catalogue: Catalogue
+) -> None:
     """Raises NotFoundError, or InvalidRequestError: nothing is loaded or unloaded by clients."""
-    model.require(named(body.model, model.name))
+    await catalogue.adapter(named(body.model, model.name))
     if body.options and (body.options.num_ctx or 0) > model.context:
         raise InvalidRequestError(
             f"'options.num_ctx': this model's context holds {model.context} tokens; leave it out, or ask for less.",

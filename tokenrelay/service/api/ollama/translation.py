@@ -33,8 +33,8 @@ _AS_THEY_ARE = (
 
 
 def named(asked: str, served: str) -> str:
-    """The served model's name, if it is what a client asks for by a name with or without Ollama's default tag."""
-    return served if asked.removesuffix(LATEST) == served.removesuffix(LATEST) else asked
+    """What a client asks for, with or without Ollama's default tag: the served model's name, or an adapter's."""
+    return served if asked.removesuffix(LATEST) == served.removesuffix(LATEST) else asked.removesuffix(LATEST)
 
 
 def chat_of(body: OllamaChatRequest, served: str, dialect: Dialect) -> ChatCompletionRequest:

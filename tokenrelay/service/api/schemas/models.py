@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class ModelCard(BaseModel):
@@ -13,6 +13,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "tokenrelay"
     max_model_len: int
+    parent: str | None = Field(None, description="Of an adapter: the model it changes.")
 
 
 class ModelList(BaseModel):
