@@ -161,8 +161,8 @@ def test_what_is_written_to_a_negative_slot_goes_to_the_spare_block() -> None:
 
 
 def test_what_the_gpu_cannot_do_is_refused_by_name() -> None:
-    nothing = torch.empty(0)
+    x = torch.empty(0)
     with pytest.raises(ValueError, match="attention sinks are not supported on CUDA"):
-        cuda.paged_attention(*[nothing] * 6, 0.125, window=20, num_sinks=4)
+        cuda.paged_attention(x, x, x, x, x, x, 0.125, window=20, num_sinks=4)
     with pytest.raises(ValueError, match="int8 KV cache is not supported on CUDA"):
-        cuda.paged_attention(*[nothing] * 6, 0.125, key_scales=nothing)
+        cuda.paged_attention(x, x, x, x, x, x, 0.125, key_scales=x)
