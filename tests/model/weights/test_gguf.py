@@ -13,6 +13,7 @@ import pytest
 import torch
 from gguf import ExpertGatingFuncType, GGUFWriter
 from gguf import GGMLQuantizationType as Kind
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 from transformers import PreTrainedModel
 
@@ -129,6 +130,25 @@ def test_unknown_tensor_is_named(tmp_path: Path) -> None:
 def load(checkpoint: GGUFCheckpoint) -> Transformer:
     config, tensors, cpu = checkpoint.config(), checkpoint.tensors(), torch.device("cpu")
     return load_transformer(config, tensors, checkpoint.rules, max_model_len=64, dtype=torch.float32, device=cpu)
+
+
+NOT_DEQUANTIZED = (Kind.Q8_1, Kind.Q8_K, Kind.Q1_0)
+KINDS = [kind for kind in Kind if kind.name.startswith(("Q", "IQ", "TQ", "MXFP")) and kind not in NOT_DEQUANTIZED]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_type_is_read_as_the_gguf_package_dequantizes_it(kind: Kind, tmp_path: Path) -> None:
+    """Of random bytes, some of whose scales are no numbers; rows are several pieces long."""
+    block, size = GGML_QUANT_SIZES[kind]
+    rows, columns = 300, 256
+    raw = np.random.default_rng(0).integers(0, 256, (rows, columns // block * size), dtype=np.uint8)
+    path = with_metadata(
+        tmp_path / "x.gguf", lambda w: w.add_tensor("output.weight", raw, raw_dtype=kind), ("output_norm.weight", 64)
+    )
+    with np.errstate(all="ignore"):
+        found = dict(GGUFCheckpoint(path).tensors())["output.weight"]
+        expected = torch.from_numpy(dequantize(raw, kind))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_type_that_cannot_be_dequantized_is_named(tmp_path: Path) -> None:

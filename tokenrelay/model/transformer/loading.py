@@ -135,6 +135,8 @@ def _fill(
             kept[matrix][start] = _in_our_order(tensor, layout, config)
         if not (matrix == target and keeps):
             values = tensor.dequantized() if isinstance(tensor, Quantized) else tensor
+            if layout in ROW_ORDERS:
+                _check_shape(name, values, rows)
             _copy(name, LAYOUTS[layout](values, config) if layout else values, rows)
         unfilled[target] -= end - start
     missing = sorted(name for name, rows in unfilled.items() if rows > 0)
