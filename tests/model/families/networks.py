@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.model.families.vanilla import VanillaTransformer, VanillaTransformerConfig
 
@@ -46,27 +46,31 @@ _GRANITE = {
 }
 
 
-_CONFIGS = {"Gemma3": "Gemma3Text"}
-
-
-def _network(name: str) -> Any:
-    return getattr(hf, f"{name}{'LMHeadModel' if name in ('GPT2', 'OpenAIGPT') else 'ForCausalLM'}")
-
-
 def _made(name: str, **config: Any) -> Callable[[], PreTrainedModel]:
     """Of the family whose classes begin with ``name``."""
+    head = "LMHeadModel" if name in ("GPT2", "OpenAIGPT") else "ForCausalLM"
+    configuration = {"Gemma3": "Gemma3Text"}.get(name, name)
+    return lambda: _shaken(getattr(hf, name + head), getattr(hf, f"{configuration}Config")(**config))
 
-    def make() -> PreTrainedModel:
-        torch.manual_seed(0)
-        ours = {"VanillaTransformer": (VanillaTransformer, VanillaTransformerConfig)}
-        network, configuration = ours.get(name) or (_network(name), getattr(hf, f"{_CONFIGS.get(name, name)}Config"))
-        made: PreTrainedModel = network(configuration(**config)).eval()
-        with torch.no_grad():
-            for parameter in made.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        return made
 
-    return make
+def _vanilla(**config: Any) -> Callable[[], PreTrainedModel]:
+    return lambda: _shaken(VanillaTransformer, VanillaTransformerConfig(**config))
+
+
+def _gemma3_with_pictures() -> PreTrainedModel:
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = _WIDE_HEADS | _WINDOWS, size | {"image_size": 28, "patch_size": 14}
+    config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, eos_token_id=2)
+    return _shaken(hf.Gemma3ForConditionalGeneration, config)
+
+
+def _shaken(network: Callable[[Any], PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    made: PreTrainedModel = network(config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return made
 
 
 TINY: dict[str, Callable[[], PreTrainedModel]] = {
@@ -163,6 +167,7 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
             "sliding_attention": _PLAIN_ROPE,
         },
     ),
+    "gemma3": _gemma3_with_pictures,
     "gpt_oss": _made("GptOss", **_WIDE_HEADS, **_EXPERTS, **_WINDOWS, num_local_experts=4),
     "cohere": _made("Cohere", **_GROUPED),
     "cohere2": _made("Cohere2", **_GROUPED, **_WINDOWS),
@@ -190,6 +195,6 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
     "openai-gpt": _made("OpenAIGPT", **_GPT),
     "gpt_bigcode": _made("GPTBigCode", **_GPT, bos_token_id=1),
     "gpt_bigcode, multi-head": _made("GPTBigCode", **_GPT, bos_token_id=1, multi_query=False),
-    "vanilla-transformer": _made("VanillaTransformer", **_MULTI_HEAD),
-    "vanilla-transformer, untied": _made("VanillaTransformer", **_MULTI_HEAD, tie_word_embeddings=False),
+    "vanilla-transformer": _vanilla(**_MULTI_HEAD),
+    "vanilla-transformer, untied": _vanilla(**_MULTI_HEAD, tie_word_embeddings=False),
 }

@@ -12,7 +12,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 
-class VanillaTransformerConfig(PreTrainedConfig):
+class VanillaTransformerConfig(PreTrainedConfig):  # type: ignore[misc]
     """The keys of ``tokenrelay.model.families.vanilla_transformer``."""
 
     model_type = "vanilla-transformer"
@@ -44,13 +44,14 @@ class _Layer(nn.Module):
         return normed
 
     def _attend(self, x: Tensor) -> Tensor:
-        heads = (
-            p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
+        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
-class VanillaTransformer(PreTrainedModel, GenerationMixin):
+class VanillaTransformer(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """Every step reads the whole text again."""
 
     config_class = VanillaTransformerConfig

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.config import Experts, ModelConfig
 from tokenrelay.model.transformer.attention import AttentionMetadata
 from tokenrelay.model.transformer.kv_cache import allocate_kv_cache
-from tokenrelay.model.transformer.loading import materialise
-from tokenrelay.model.transformer.transformer import Transformer
+from tokenrelay.model.transformer.loading import materialise, typed
 
 LLAMA = ModelConfig(
     architecture="llama",
@@ -41,14 +40,14 @@ GPT2 = dataclasses.replace(
     attention_bias=True,
 )
 WINDOWED = dataclasses.replace(LLAMA, sliding_window=9)
+MIXTRAL = dataclasses.replace(LLAMA, experts=Experts(num_experts=4, num_experts_per_token=2, intermediate_size=32))
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2, WINDOWED], ids=["llama", "gpt2", "sliding window"])
+@pytest.mark.parametrize("config", [LLAMA, GPT2, WINDOWED, MIXTRAL], ids=["llama", "gpt2", "sliding window", "experts"])
 @torch.inference_mode()
 def test_a_mixed_step_of_a_prefill_chunk_and_a_decode(config: ModelConfig) -> None:
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
-    with torch.device("meta"):
-        model = Transformer(config, 64).to(bf16)
+    model = typed(config, 64, 0, bf16, cuda)
     with FakeTensorMode():
         materialise(model, cuda)
         if config.positions == "rotary":

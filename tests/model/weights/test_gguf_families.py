@@ -24,7 +24,17 @@ _AS_THEY_ARE = (
     *("gpt_neox", "gpt_neox, sequential", "gpt_neox, no bias", "phi", "phi, grouped"),
     *("falcon, 7b", "falcon, 40b", "falcon, one norm", "stablelm", "stablelm, biased", "stablelm, parallel"),
     *("phi3", "phi3, longrope", "phi3, part of a head", "qwen2", "qwen3", "qwen3, tied"),
-    *("olmo2", "olmo3", "olmoe", "gpt_oss", "granite", "granite, tied and biased", "granitemoe", "granitemoeshared"),
+    *(
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "gpt_oss",
+        "granite",
+        "granite, tied and biased",
+        "granitemoe",
+        "granitemoeshared",
+    ),
     *("cohere", "nemotron", "arcee", "seed_oss", "ernie4_5", "gemma"),
 )
 CHANGES: dict[str, dict[str, Any]] = {

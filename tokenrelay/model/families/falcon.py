@@ -30,7 +30,7 @@ RULES = (
 
 def read(config: Config) -> ModelConfig:
     """Three layouts: new decoder (one norm or two), old one in parallel, old one in sequence."""
-    refuse(config, "alibi")
+    refuse(config, "alibi", "apply_residual_connection_post_layernorm")
     new, bias = config.get("new_decoder_architecture", False), config.get("bias", False)
     parallel = new or config.get("parallel_attn", True)
     norms = config.get("num_ln_in_parallel_attn") or (2 if new else 1)

@@ -17,7 +17,7 @@ class Rule(NamedTuple):
     pattern: str  # of the checkpoint's name: a regular expression for all of it
     target: str  # our name, with the pattern's groups; empty: what it holds is computed here; with EXPERT: a stack
     shard: str = ""  # which rows of a merged matrix: q, k, v, gate or up
-    layout: str = ""  # how it is stored, if not as we have it: a name in ``weights.layouts``
+    layout: str = ""  # how it, or an expert's part of it, is stored, if not as we have it: of ``weights.layouts``
 
 
 class Family(NamedTuple):
@@ -60,8 +60,8 @@ def stated(config: Config, **defaults: Any) -> dict[str, Any]:
 
 
 def either(config: Config, *names: str) -> Any:
-    """The value under the first of these names that the file has; transformers renamed some keys."""
-    return next((config[name] for name in names if name in config), None) if names else None
+    """The value under the first of these names that the file has (KeyError: none); transformers renamed some keys."""
+    return config[next((name for name in names if name in config), names[0])]
 
 
 def refuse(config: Config, *switches: str) -> None:

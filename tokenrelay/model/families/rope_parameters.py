@@ -59,7 +59,8 @@ def by_layer_type(config: Config, *, theta: float, local_theta: float) -> tuple[
     full = dict((stated.get("full_attention") or {}) if nested else stated) | dict(config.get("rope_scaling") or {})
     full.setdefault("rope_theta", config.get("rope_theta", theta))
     flat = dict(config) | {"rope_parameters": full, "rope_scaling": None}
-    return flat, local.get("rope_theta", config.get("rope_local_base_freq", local_theta))
+    windowed = local.get("rope_theta", config.get("rope_local_base_freq", local_theta))
+    return flat, _positive(windowed, "rope_theta of layers with a window")
 
 
 def _known_type(rope: Config) -> str:

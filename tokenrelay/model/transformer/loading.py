@@ -46,8 +46,8 @@ def load_transformer(
 
     Matrices that come quantized stay so where there are kernels for it; others are brought to 8 bits if ``in_8_bits``.
 
-    On a CPU activations are fp32 whatever the weights are: its kernels accumulate in fp32 anyway. Peak memory is
-    the weights in ``dtype`` and one tensor.
+    On a CPU activations are fp32 whatever the weights are: its kernels accumulate in fp32 anyway. Norms' weights are
+    fp32 everywhere. Peak memory is the weights in ``dtype`` and one tensor.
 
     Raises:
         WeightsError: the tensors do not fit the network.
@@ -68,13 +68,23 @@ def _empty(
     config: ModelConfig, max_model_len: int, attention_sinks: int, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
     """The network with uninitialised parameters in their final types."""
-    with torch.device("meta"):
-        model = Transformer(config, max_model_len, attention_sinks).to(dtype)
-    _keep_in_fp32(model, norms=device.type == "cpu", linears=device.type == "cpu" and not native.is_available())
+    model = typed(config, max_model_len, attention_sinks, dtype, device)
     materialise(model, device)
     _compute_positions(model, max_model_len, device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def typed(
+    config: ModelConfig, max_model_len: int, attention_sinks: int, dtype: torch.dtype, device: torch.device
+) -> Transformer:
+    """The network on the meta device, every parameter of the type that it has on ``device``."""
+    with torch.device("meta"):
+        model = Transformer(config, max_model_len, attention_sinks).to(dtype)
+    on_cpu = device.type == "cpu"
+    model.activation_dtype = torch.float32 if on_cpu else dtype
+    _keep_in_fp32(model, with_linears=on_cpu and not native.is_available())
     return model
 
 
@@ -97,9 +107,9 @@ def _compute_positions(model: Transformer, max_model_len: int, device: torch.dev
         model.embed_positions.table = sinusoidal_table(max_model_len, config.hidden_size).to(device)
 
 
-def _keep_in_fp32(model: nn.Module, *, norms: bool, linears: bool) -> None:
-    """Learned sinks always; matrices only where stock torch multiplies them, which needs one type, slow in bf16."""
-    kinds = (RMSNorm, LayerNorm) * norms + (nn.Linear, nn.Embedding) * linears
+def _keep_in_fp32(model: nn.Module, *, with_linears: bool) -> None:
+    """Norms and learned sinks always; matrices only where torch multiplies them, which needs one type, slow in bf16."""
+    kinds = (RMSNorm, LayerNorm, nn.Linear, nn.Embedding) if with_linears else (RMSNorm, LayerNorm)
     for module in model.modules():
         if isinstance(module, kinds):
             module.float()
@@ -119,12 +129,12 @@ def _fill(
     """
     config = model.config
     parameters = dict(model.named_parameters())  # a tied head is listed once, as the embedding
-    unfilled = {name: parameter.shape[0] for name, parameter in parameters.items()}
+    unfilled = _rows_to_fill(parameters, config)
     kept: dict[str, dict[int, Quantized]] = defaultdict(dict)  # by name, and by the row at which each begins
     for name, target, shard, layout, tensor in _placed(tensors, rules):
         if not target or (config.tie_word_embeddings and target == "lm_head.weight"):
             continue
-        if target not in parameters:
+        if target not in unfilled:
             raise WeightsError(f"tensor {name!r} has no place in a {config.architecture} network of this configuration")
         start, end = _span(parameters[target], shard, config)
         rows = parameters[target][start:end]
@@ -135,9 +145,7 @@ def _fill(
             kept[matrix][start] = _in_our_order(tensor, layout, config)
         if not (matrix == target and keeps):
             values = tensor.dequantized() if isinstance(tensor, Quantized) else tensor
-            if layout in ROW_ORDERS:
-                _check_shape(name, values, rows)
-            _copy(name, LAYOUTS[layout](values, config) if layout else values, rows)
+            _copy(name, _laid_out(name, layout, values, config), rows)
         unfilled[target] -= end - start
     missing = sorted(name for name, rows in unfilled.items() if rows > 0)
     if missing:
@@ -147,6 +155,22 @@ def _fill(
 
 def _in_our_order(stored: Quantized, layout: str, config: ModelConfig) -> Quantized:
     return stored.mapped(lambda rows: LAYOUTS[layout](rows, config)) if layout else stored
+
+
+def _rows_to_fill(parameters: Mapping[str, Tensor], config: ModelConfig) -> dict[str, int]:
+    """How many rows of each parameter the checkpoint has to bring; norms that do not scale are filled with ones."""
+    constant = [] if config.norm_weight else [name for name in parameters if name.endswith("norm.weight")]
+    for name in constant:
+        parameters[name].data.fill_(1)
+    return {name: parameter.shape[0] for name, parameter in parameters.items() if name not in constant}
+
+
+def _laid_out(name: str, layout: str, stored: Tensor, config: ModelConfig) -> Tensor:
+    """As our network holds it."""
+    try:
+        return LAYOUTS[layout](stored, config) if layout else stored
+    except (RuntimeError, IndexError) as error:
+        raise WeightsError(f"tensor {name!r} of shape {list(stored.shape)} is not {layout}: {error}") from error
 
 
 def _matrix_of(target: str, config: ModelConfig) -> str:
@@ -171,6 +195,8 @@ def _placed(
     """Each tensor with its name, our name for it, its rows there and its layout; a stack of experts' is taken apart."""
     for name, tensor in tensors:
         target, shard, layout = _place(name, rules)
+        if EXPERT in target and not tensor.shape:
+            raise WeightsError(f"tensor {name!r} is one number, not a stack of experts")
         if EXPERT in target:
             for expert, own in enumerate(_unstacked(tensor)):
                 yield name, target.replace(EXPERT, str(expert)), shard, layout, own

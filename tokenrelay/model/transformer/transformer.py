@@ -26,6 +26,7 @@ class Transformer(nn.Module):
 
     rotary: Tensor | None  # angles of every position; like a weight, it comes when loading
     local_rotary: Tensor | None  # in layers with a window, where these have others
+    activation_dtype = torch.float32  # of what flows between the layers, whatever the weights are
 
     def __init__(self, config: ModelConfig, max_model_len: int, attention_sinks: int = 0) -> None:
         """Raises ValueError: ``attention_sinks`` does not suit the network or ``max_model_len``."""
@@ -56,11 +57,11 @@ class Transformer(nn.Module):
 
         Positions are below ``max_model_len`` unless the metadata have ``sink_positions``.
         """
-        x = self.embed_tokens(input_ids).to(self._activation_dtype)
+        x = self.embed_tokens(input_ids).to(self.activation_dtype)
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
         if self.embed_positions is not None:
-            x = x + self.embed_positions(positions).to(self._activation_dtype)
+            x = x + self.embed_positions(positions).to(self.activation_dtype)
         rotary = self.rotary
         if metadata.sink_positions is not None and rotary is not None:
             rotary, positions, metadata = _rotary_of_step(self.config, rotary, positions, metadata)
@@ -94,11 +95,6 @@ class Transformer(nn.Module):
         if scale != 1.0:
             logits = logits * scale
         return cap * torch.tanh(logits / cap) if cap else logits
-
-    @property
-    def _activation_dtype(self) -> torch.dtype:
-        """Norm weights, the first of a layer, are kept in the type that the activations flow in."""
-        return next(self.layers.parameters()).dtype
 
 
 def _check_sinks(config: ModelConfig, max_model_len: int, attention_sinks: int) -> None:

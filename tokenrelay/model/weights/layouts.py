@@ -14,7 +14,7 @@ Layout = Callable[[Tensor, ModelConfig], Tensor]
 
 def transposed(stored: Tensor, config: ModelConfig) -> Tensor:
     """[in, out], as GPT-2's Conv1D has it -> [out, in]."""
-    return stored.T
+    return stored.transpose(0, 1)
 
 
 def plus_one(stored: Tensor, config: ModelConfig) -> Tensor:
@@ -24,19 +24,20 @@ def plus_one(stored: Tensor, config: ModelConfig) -> Tensor:
 
 def grouped_qkv(stored: Tensor, config: ModelConfig) -> Tensor:
     """The queries of a group of heads, then its key and its value; groups one after the other (NeoX, Falcon)."""
-    groups = stored.unflatten(0, (config.num_kv_heads, -1, config.head_dim))
+    groups = stored.reshape(config.num_kv_heads, -1, config.head_dim, *stored.shape[1:])
     return torch.cat([part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])])
 
 
 def paired_rotary(stored: Tensor, config: ModelConfig) -> Tensor:
     """Heads whose neighbouring elements are rotated together (GPT-J) -> those half of the rotated part apart."""
-    heads, rotated = stored.unflatten(0, (-1, config.head_dim)), config.rotary_dim or config.head_dim
+    heads = stored.reshape(-1, config.head_dim, *stored.shape[1:])
+    rotated = config.rotary_dim or config.head_dim
     return torch.cat([heads[:, 0:rotated:2], heads[:, 1:rotated:2], heads[:, rotated:]], dim=1).flatten(0, 1)
 
 
 def interleaved_gate_up(stored: Tensor, config: ModelConfig) -> Tensor:
     """[in, out] or [out], gate and up taking turns (GPT-OSS) -> all of gate, then all of up."""
-    rows = stored.T if stored.dim() == 2 else stored
+    rows = stored if stored.dim() == 1 else stored.transpose(0, 1)
     return torch.cat([rows[0::2], rows[1::2]])
 
 
