@@ -21,6 +21,7 @@ from tests.model.texts import hard_texts
 from tokenrelay.model.chat_template import ChatTemplateError
 from tokenrelay.model.config import UnsupportedModelError
 from tokenrelay.model.detokenizer import IncrementalDetokenizer
+from tokenrelay.model.gguf_tokenizer import build_gguf_tokenizer
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.model.weights.errors import CheckpointError
 from tokenrelay.model.weights.gguf_metadata import read_gguf_metadata
@@ -276,8 +277,24 @@ def test_pre_tokenizers_split_digits_their_own_way(pre: str, count: int, tmp_pat
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == expected
 
 
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("gpt-4o", "HelloWorld's 2024 a/\n", ["Hello", "World's", "Ġ", "202", "4", "Ġa", "/Ċ"]),
+        ("tekken", "HelloWorld's 24", ["Hello", "World", "'s", "Ġ", "2", "4"]),
+        ("falcon", "x=1234!`", ["x", "=", "123", "4", "!`"]),
+        ("stablelm2", "it'S 24", ["it", "'S", "Ġ", "2", "4"]),
+        ("dbrx", "it'S 2024", ["it", "'S", "Ġ", "202", "4"]),
+        ("starcoder", "it'S 24", ["it", "'", "S", "Ġ", "2", "4"]),
+    ],
+)
+def test_pre_tokenizers_cut_words_their_own_way(pre: str, text: str, pieces: list[str], tmp_path: Path) -> None:
+    backend = build_gguf_tokenizer(read_gguf_metadata(bpe_metadata(tmp_path / "x.gguf", pre)))
+    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == pieces
+
+
 def test_unknown_pre_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'klingon'.*smollm"):
+    with pytest.raises(UnsupportedModelError, match=r"'klingon'.*smollm.*tokenizer\.json"):
         Tokenizer.from_source(resolve(str(bpe_metadata(tmp_path / "x.gguf", "klingon"))))
 
 

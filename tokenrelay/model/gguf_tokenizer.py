@@ -24,6 +24,12 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 _TIKTOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (  # a word ends where a capital follows a small letter
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +45,17 @@ class _PreTokenizer:
 _GPT2 = _PreTokenizer((_WORDS,))
 _DIGITS = _PreTokenizer((r"\p{N}", _WORDS))
 _LLAMA3 = _PreTokenizer((_TIKTOKEN % r"\p{N}{1,3}",), whole_words=True, adds_bos=True)
+_THREE_DIGITS = _PreTokenizer((_TIKTOKEN % r"\p{N}{1,3}",))
+_ONE_DIGIT = _PreTokenizer((_TIKTOKEN % r"\p{N}",), composes=True)
 _PRE_TOKENIZERS = {
-    "gpt-2": _GPT2,
-    "phi-2": _GPT2,
-    "olmo": _GPT2,
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "refact": _DIGITS,
-    "command-r": _DIGITS,
-    "codeshell": _DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama3": _LLAMA3,
-    "smaug-bpe": _PreTokenizer((_TIKTOKEN % r"\p{N}{1,3}",)),
-    "qwen2": _PreTokenizer((_TIKTOKEN % r"\p{N}",), composes=True),
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "jais", "gigachat", "granite-docling"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama-v3", "llama3", "falcon3", "falcon-h1"), _LLAMA3),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), _THREE_DIGITS),
+    **dict.fromkeys(("qwen2", "stablelm2"), _ONE_DIGIT),
+    "gpt-4o": _PreTokenizer((_CASED % (_CONTRACTION, _CONTRACTION, r"\p{N}{1,3}"),)),
+    "tekken": _PreTokenizer((_CASED % ("", "", r"\p{N}"),), whole_words=True, adds_bos=True),
+    "falcon": _PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _WORDS, "[0-9][0-9][0-9]")),
     "default": _PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _WORDS, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
 
@@ -99,7 +102,10 @@ def _byte_level(metadata: GGUFMetadata, tokens: list[str], types: list[int]) -> 
     kind = _PRE_TOKENIZERS.get(name)
     if kind is None:
         known = ", ".join(sorted(_PRE_TOKENIZERS))
-        raise UnsupportedModelError(f"{metadata.path}: pre-tokenizer {name!r} is not supported; known: {known}")
+        raise UnsupportedModelError(
+            f"{metadata.path}: pre-tokenizer {name!r} is not supported; known: {known}. "
+            "The model's folder with tokenizer.json, instead of the GGUF file, needs none of them"
+        )
     merges = [_pair(merge) for merge in metadata.strings("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(_bpe(metadata, tokens, merges, ignore_merges=kind.whole_words))
     if kind.composes:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from gguf import GGUFWriter
 
-from tests.model.weights.networks import LONGROPE, expected_tensors, tiny_llama, with_metadata, write_gguf
+from tests.model.weights.gguf_writer import write_gguf
+from tests.model.weights.networks import LONGROPE, tiny_llama, with_metadata
 from tokenrelay.model.config import UnsupportedModelError
 from tokenrelay.model.families import read_hf_config
 from tokenrelay.model.transformer.rope import rotary_table
@@ -43,7 +44,6 @@ def scale(writer: GGUFWriter, kind: str, factor: float = 4.0) -> GGUFWriter:
     ids=["linear", "yarn", "yarn, all keys", "llama3", "longrope"],
 )
 def test_rope_scaling_equals_that_of_the_folder(rope: dict[str, Any], tmp_path: Path) -> None:
-    """And its tensors are configuration: the network's own are the same with and without them."""
     model, path = tiny_llama(rope=rope), tmp_path / "tiny.gguf"
     write_gguf(model, path)
     found, expected = GGUFCheckpoint(path), read_hf_config(model.config.to_dict())
@@ -51,7 +51,6 @@ def test_rope_scaling_equals_that_of_the_folder(rope: dict[str, Any], tmp_path: 
     for max_len in (30, 128):
         tables = rotary_table(found.config(), max_len), rotary_table(expected, max_len)
         torch.testing.assert_close(*tables, rtol=0, atol=2e-5)  # frequencies were rounded to fp32 on the way
-    assert dict(found.tensors()).keys() == expected_tensors(model).keys()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm
 from tokenrelay.model.transformer.rope import local_rotary_table, rotary_table
 from tokenrelay.model.transformer.sinusoids import SinusoidalPositions, sinusoidal_table
 from tokenrelay.model.transformer.transformer import Transformer
-from tokenrelay.model.weights.layouts import LAYOUTS
+from tokenrelay.model.weights.layouts import LAYOUTS, ROW_ORDERS
 
 
 class WeightsError(ValueError):
@@ -136,10 +136,11 @@ def _fill(
         start, end = _span(parameters[target], shard, config)
         rows = parameters[target][start:end]
         matrix = _matrix_of(target, config)
-        if isinstance(tensor, Quantized) and matrix and keep_quantized:
+        keeps = isinstance(tensor, Quantized) and keep_quantized and (not layout or layout in ROW_ORDERS)
+        if isinstance(tensor, Quantized) and matrix and keeps:
             _check_shape(name, tensor, rows)
-            kept[matrix][start] = tensor
-        if not (isinstance(tensor, Quantized) and matrix == target and keep_quantized):
+            kept[matrix][start] = _in_our_order(tensor, layout, config)
+        if not (matrix == target and keeps):
             values = tensor.dequantized() if isinstance(tensor, Quantized) else tensor
             _copy(name, _laid_out(name, layout, values, config), rows)
         unfilled[target] -= end - start
@@ -147,6 +148,10 @@ def _fill(
     if missing:
         raise WeightsError(f"the checkpoint does not fill {', '.join(missing[:8])} ({len(missing)} in all)")
     return {name: whole for name, shards in kept.items() if (whole := _whole(shards, parameters.get(name)))}
+
+
+def _in_our_order(stored: Quantized, layout: str, config: ModelConfig) -> Quantized:
+    return stored.mapped(lambda rows: LAYOUTS[layout](rows, config)) if layout else stored
 
 
 def _rows_to_fill(parameters: Mapping[str, Tensor], config: ModelConfig) -> dict[str, int]:

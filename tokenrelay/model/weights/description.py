@@ -9,10 +9,13 @@ from pathlib import Path
 
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.weights.config_reader import read_json
-from tokenrelay.model.weights.gguf_metadata import read_gguf_metadata
+from tokenrelay.model.weights.gguf_metadata import gguf_parts, read_gguf_metadata
 from tokenrelay.model.weights.sources import ModelSource
 
-_GGML_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 30: "BF16"}
+_GGML_TYPES = {
+    **{0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 30: "BF16", 39: "MXFP4"},
+    **{10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS"},
+}
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -30,7 +33,7 @@ class ModelDescription:
 
 def describe(source: ModelSource, config: ModelConfig) -> ModelDescription:
     """Reads no weights."""
-    files = [source.path] if source.kind == "gguf" else sorted(source.path.glob("*.safetensors"))
+    files = gguf_parts(source.path) if source.kind == "gguf" else sorted(source.path.glob("*.safetensors"))
     num_parameters, weight_type = _gguf(source.path) if source.kind == "gguf" else _folder(source.path, config)
     return ModelDescription(
         file_format="gguf" if source.kind == "gguf" else "safetensors",

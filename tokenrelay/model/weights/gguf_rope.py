@@ -14,11 +14,10 @@ from tokenrelay.model.families.rope_parameters import yarn_attention_factor
 from tokenrelay.model.weights.gguf_metadata import GGUFMetadata
 
 _LLAMA3, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-ROPE_TENSORS = frozenset({_LLAMA3, _LONG, _SHORT})  # configuration, not weights
 _F32 = 0
 
 
-def rope_parameters(metadata: GGUFMetadata, head_dim: int) -> dict[str, Any]:
+def gguf_rope_parameters(metadata: GGUFMetadata, rotary_dim: int) -> dict[str, Any]:
     """What ``families.rope_parameters`` reads as ``rope_parameters``.
 
     Raises:
@@ -31,7 +30,7 @@ def rope_parameters(metadata: GGUFMetadata, head_dim: int) -> dict[str, Any]:
         case "yarn":
             return rope | _yarn(metadata)
         case "longrope":
-            return rope | _longrope(metadata, head_dim)
+            return rope | _longrope(metadata, rotary_dim)
     if metadata.number(_key(metadata, "attn_factor"), 1.0) != 1.0:
         raise UnsupportedModelError(
             f"{metadata.path}: rope.scaling.attn_factor without yarn or longrope is not supported"
@@ -40,7 +39,7 @@ def rope_parameters(metadata: GGUFMetadata, head_dim: int) -> dict[str, Any]:
         case "linear":
             return rope | _linear(metadata)
         case "llama3":
-            return rope | _llama3(metadata, head_dim)
+            return rope | _llama3(metadata, rotary_dim)
     return rope
 
 
@@ -104,13 +103,13 @@ def _yarn(metadata: GGUFMetadata) -> dict[str, Any]:
     }
 
 
-def _llama3(metadata: GGUFMetadata, head_dim: int) -> dict[str, Any]:
+def _llama3(metadata: GGUFMetadata, rotary_dim: int) -> dict[str, Any]:
     """The finished divisors of Llama 3's formula: LongRoPE's form, the same for every length."""
-    factors = _vector(metadata, _LLAMA3, head_dim // 2)
+    factors = _vector(metadata, _LLAMA3, rotary_dim // 2)
     return {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
 
 
-def _longrope(metadata: GGUFMetadata, head_dim: int) -> dict[str, Any]:
+def _longrope(metadata: GGUFMetadata, rotary_dim: int) -> dict[str, Any]:
     """As in llama.cpp, a file without ``attn_factor`` has none."""
     if _factor(metadata) != 1.0:
         raise UnsupportedModelError(
@@ -118,8 +117,8 @@ def _longrope(metadata: GGUFMetadata, head_dim: int) -> dict[str, Any]:
         )
     return {
         "rope_type": "longrope",
-        "short_factor": _vector(metadata, _SHORT, head_dim // 2),
-        "long_factor": _vector(metadata, _LONG, head_dim // 2),
+        "short_factor": _vector(metadata, _SHORT, rotary_dim // 2),
+        "long_factor": _vector(metadata, _LONG, rotary_dim // 2),
         "attention_factor": metadata.number(_key(metadata, "attn_factor"), 1.0),
         **_original(metadata),
     }
@@ -131,8 +130,8 @@ def _vector(metadata: GGUFMetadata, name: str, length: int) -> list[float]:
     if info is None or info.shape != (length,) or info.ggml_type != _F32:
         raise metadata.error(f"needs a tensor {name!r} of {length} F32 values, one per frequency")
     size = 4 * length
-    if info.offset + size > metadata.path.stat().st_size:
+    if info.offset + size > info.path.stat().st_size:
         raise metadata.error(f"tensor {name!r} ends at byte {info.offset + size}, after the file: truncated")
-    with metadata.path.open("rb") as file:
+    with info.path.open("rb") as file:
         file.seek(info.offset)
         return list(struct.unpack(f"<{length}f", file.read(size)))

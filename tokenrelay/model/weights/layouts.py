@@ -46,7 +46,13 @@ def from_third_row(stored: Tensor, config: ModelConfig) -> Tensor:
     return stored[2:]
 
 
+def one_row(stored: Tensor, config: ModelConfig) -> Tensor:
+    """[in] -> [1, in]."""
+    return stored.reshape(1, -1)
+
+
 LAYOUTS: dict[str, Layout] = {
     layout.__name__: layout
-    for layout in (transposed, plus_one, grouped_qkv, paired_rotary, interleaved_gate_up, from_third_row)
+    for layout in (transposed, plus_one, grouped_qkv, paired_rotary, interleaved_gate_up, from_third_row, one_row)
 }
+ROW_ORDERS = frozenset({"grouped_qkv", "paired_rotary"})  # these move whole rows, so quantized matrices can follow
