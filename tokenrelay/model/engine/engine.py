@@ -10,12 +10,16 @@ import torch
 from tokenrelay.model.config import MAX_STREAMING_LEN, DType, EngineConfig, ModelConfig
 from tokenrelay.model.engine.block_tables import Window
 from tokenrelay.model.engine.model_runner import ModelRunner
+from tokenrelay.model.engine.network import Network
+from tokenrelay.model.engine.ranks import LeadingNetwork
 from tokenrelay.model.engine.request import Request
 from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.engine.scheduler import Scheduler
 from tokenrelay.model.engine.step import StepOutput
+from tokenrelay.model.transformer.communicator import Communicator
 from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_block
 from tokenrelay.model.transformer.loading import load_transformer
+from tokenrelay.model.transformer.tensor_parallel import Share
 from tokenrelay.model.weights import resolve
 from tokenrelay.model.weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -42,6 +46,7 @@ class Engine:
         dtype: DType | Literal["auto"] = "auto",
         device: str = "auto",
         cache_dir: Path | None = None,
+        ranks: Communicator | None = None,
     ) -> Engine:
         """From a short name, a GGUF file, a folder or a hub id, fetched if it is not here.
 
@@ -57,9 +62,10 @@ class Engine:
             open_checkpoint(source),
             config or EngineConfig(),
             dtype=torch.bfloat16 if dtype in ("auto", "int8") else getattr(torch, dtype),
-            device=torch.device(device),
+            device=ranks.device if ranks else torch.device(device),
             keep_quantized=device == "cpu" and dtype in ("auto", "int8"),
             in_8_bits=dtype == "int8",
+            ranks=ranks,
         )
 
     @classmethod
@@ -72,13 +78,21 @@ class Engine:
         device: torch.device,
         keep_quantized: bool = False,
         in_8_bits: bool = False,
+        ranks: Communicator | None = None,
     ) -> Engine:
-        """Load the network and allocate its KV cache. Raises the checkpoint's and the loader's ValueErrors."""
+        """Load the network and allocate its KV cache. With ``ranks``, this rank's share of both.
+
+        The leader's engine leads; of the others' only the network is used. (``engine.ranks.follow``) Raises the
+        checkpoint's and the loader's ValueErrors.
+        """
         model_config = checkpoint.config()
+        own_config = Share(model_config, ranks.rank, ranks.size).own_config if ranks else model_config
         cache_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
         num_blocks = config.num_blocks or config.kv_cache_bytes // bytes_per_block(
-            model_config, config.block_size, cache_dtype
+            own_config, config.block_size, cache_dtype
         )
+        if ranks:
+            num_blocks = ranks.smallest(num_blocks)
         longest = model_config.max_position_embeddings
         context = min(longest, config.max_model_len or longest)
         window = _window(model_config, config, context, num_blocks)
@@ -91,11 +105,14 @@ class Engine:
             dtype=dtype,
             device=device,
             in_8_bits=in_8_bits,
+            ranks=ranks,
         )
-        kv_cache = allocate_kv_cache(model_config, num_blocks, config.block_size, cache_dtype, device)
+        kv_cache = allocate_kv_cache(own_config, num_blocks, config.block_size, cache_dtype, device)
+        network = Network(model, kv_cache, device)
+        if ranks and ranks.rank == 0:
+            network = LeadingNetwork(model, kv_cache, device, ranks)
         runner = ModelRunner(
-            model,
-            kv_cache,
+            network,
             Sampler(model_config.eos_token_ids),
             block_size=config.block_size,
             device=device,

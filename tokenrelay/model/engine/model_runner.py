@@ -10,53 +10,60 @@ from torch import Tensor
 
 from tokenrelay.model.engine.block_tables import Window
 from tokenrelay.model.engine.logprobs import token_logprobs
+from tokenrelay.model.engine.network import Network, StepInput
 from tokenrelay.model.engine.pooling import pool
 from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.engine.step import Sampled, ScheduledRequest, SchedulerOutput
 from tokenrelay.model.sampling_params import TokenLogprobs
 from tokenrelay.model.transformer.attention import AttentionMetadata
-from tokenrelay.model.transformer.kv_cache import LayerCache, copy_blocks
 from tokenrelay.model.transformer.transformer import Transformer
 
 LOGITS_AT_ONCE = 64  # rows: a prompt's logits would be a large matrix
 
 
 class ModelRunner:
-    """Holds the network and its cache; knows nothing of queues or budgets."""
+    """Holds the network; knows nothing of queues or budgets."""
 
     def __init__(
         self,
-        model: Transformer,
-        kv_cache: Sequence[LayerCache],
+        network: Network,
         sampler: Sampler,
         *,
         block_size: int,
         device: torch.device,
         window: Window | None = None,
     ) -> None:
-        self.model = model
-        self._kv_cache = kv_cache
+        self.network = network
         self._sampler = sampler
         self._block_size = block_size
         self._device = device
         self._window = window or Window()
 
+    @property
+    def model(self) -> Transformer:
+        return self.network.model
+
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> list[Sampled]:
         """One forward pass over all scheduled tokens and drafts."""
-        if output.block_copies:
-            copy_blocks(self._kv_cache, output.block_copies)
         batch = output.scheduled
-        input_ids = self._tensor(np.concatenate([_token_ids(entry) for entry in batch]))
-        positions = [_positions(entry) for entry in batch]
-        metadata = self._metadata(batch, positions)
-        hidden = self.model(input_ids, self._tensor(np.concatenate(positions)), self._kv_cache, metadata)
+        hidden = self.network.run(self._step_input(output))
         starts = np.cumsum([0, *(entry.num_rows for entry in batch)])
         sampled = self._with_prompt_logprobs(self._sample(batch, hidden, starts), batch, hidden, starts)
         for index, entry in enumerate(batch):
             if entry.request.pooling is not None:
                 sampled[index] = pool(entry, hidden[starts[index] : starts[index + 1]])
         return sampled
+
+    def _step_input(self, output: SchedulerOutput) -> StepInput:
+        batch = output.scheduled
+        positions = [_positions(entry) for entry in batch]
+        return StepInput(
+            torch.from_numpy(np.concatenate([_token_ids(entry) for entry in batch])),
+            torch.from_numpy(np.concatenate(positions)),
+            self._metadata(batch, positions),
+            output.block_copies,
+        )
 
     def _metadata(self, batch: Sequence[ScheduledRequest], positions: Sequence[np.ndarray]) -> AttentionMetadata:
         tables = [np.array(entry.request.block_table, dtype=np.int64) for entry in batch]
@@ -70,10 +77,10 @@ class ModelRunner:
         starts = np.cumsum([0, *(entry.num_rows for entry in batch)], dtype=np.int32)
         lens = np.array([entry.request.num_computed_tokens + entry.num_rows for entry in batch], dtype=np.int32)
         return AttentionMetadata(
-            self._tensor(np.concatenate(slots)),
-            self._tensor(padded),
-            self._tensor(starts),
-            self._tensor(lens),
+            torch.from_numpy(np.concatenate(slots)),
+            torch.from_numpy(padded),
+            torch.from_numpy(starts),
+            torch.from_numpy(lens),
             self._sink_positions(np.concatenate(positions)),
         )
 
@@ -82,7 +89,7 @@ class ModelRunner:
         last = self._window.num_sinks + self._window.size - 1
         if not self._window.num_sinks or positions.max() <= last:
             return None
-        return self._tensor(positions.clip(max=last))
+        return torch.from_numpy(positions.clip(max=last))
 
     def _sample(self, batch: Sequence[ScheduledRequest], hidden: Tensor, starts: np.ndarray) -> list[Sampled]:
         sampled = [Sampled()] * len(batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.families import Rule
 from tokenrelay.model.quantized import Quantized, stacked
+from tokenrelay.model.transformer.communicator import Communicator
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.native_layers import replace_layers
 from tokenrelay.model.transformer.kernels.packed_linear import replace_linears
 from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm
 from tokenrelay.model.transformer.rope import rotary_table
+from tokenrelay.model.transformer.tensor_parallel import Share, sum_over_ranks
 from tokenrelay.model.transformer.transformer import Transformer
 from tokenrelay.model.weights.layouts import LAYOUTS
 
@@ -39,27 +41,53 @@ def load_transformer(
     device: torch.device,
     attention_sinks: int = 0,
     in_8_bits: bool = False,
+    ranks: Communicator | None = None,
 ) -> Transformer:
     """Build the network, fill it from (name, tensor) pairs as the rules say, and make it ready for ``device``.
 
     Matrices that come quantized stay so where there are kernels for it; others are brought to 8 bits if ``in_8_bits``.
+
+    With ``ranks`` it is this rank's share of the network, cut tensor by tensor: no rank ever holds the whole.
 
     On a CPU activations are fp32 whatever the weights are: its kernels accumulate in fp32 anyway. Peak memory is
     the weights in ``dtype`` and one tensor.
 
     Raises:
         WeightsError: the tensors do not fit the network.
-        ValueError: ``attention_sinks`` do not suit the network or the device.
+        ValueError: ``attention_sinks`` do not suit the network or the device, or the network as many ranks.
     """
     if attention_sinks and device.type != "cpu":
         raise ValueError(f"attention_sinks is not supported on {device.type}; set it to 0")
+    if ranks:
+        share = Share(config, ranks.rank, ranks.size)
+        tensors, rules = _parts(tensors, rules, share), [rule._replace(layout="") for rule in rules]
+        config = share.own_config
     model = _empty(config, max_model_len, attention_sinks, dtype, device)
+    if ranks and ranks.rank:
+        model.lm_head = nn.Identity()  # type: ignore[assignment] # only the leader samples
     packs = device.type == "cpu" and native.is_available()
     quantized = _fill(model, tensors, rules, keep_quantized=packs)
     if packs:
         replace_linears(model, quantized, in_8_bits)
+    if ranks:
+        sum_over_ranks(model, ranks)
+    elif packs:
         replace_layers(model)
     return model.requires_grad_(False).eval()
+
+
+def _parts(
+    tensors: Iterable[tuple[str, Tensor | Quantized]], rules: Sequence[Rule], share: Share
+) -> Iterator[tuple[str, Tensor | Quantized]]:
+    """A rank's part of each tensor, already laid out as ours."""
+    for name, tensor in tensors:
+        target, shard, layout = _place(name, rules)
+        if layout:
+            values = tensor.dequantized() if isinstance(tensor, Quantized) else tensor
+            tensor = LAYOUTS[layout](values, share.config)
+        part = share.part(target, shard, tensor)
+        if part is not None:
+            yield name, part
 
 
 def _empty(
