@@ -7,9 +7,9 @@ routers are small or needed whole, so every rank has them; the output head only 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.quantized import GROUP, Quantized
 from tokenrelay.model.transformer.communicator import Communicator
-from tokenrelay.model.transformer.transformer import DecoderLayer, Transformer
+from tokenrelay.model.transformer.transformer import Transformer
 
 ROWS, COLUMNS = -2, -1
 
@@ -115,9 +115,10 @@ class SummedOverRanks(nn.Module):
 
 def sum_over_ranks(model: Transformer, communicator: Communicator) -> None:
     """Put one sum behind every attention and every MLP of ``model``, the experts of a mixture together."""
-    for layer in cast(Iterable[DecoderLayer], model.layers):
-        layer.attention.o_proj = SummedOverRanks(layer.attention.o_proj, communicator)  # type: ignore[assignment]
-        layer.mlp = SummedOverRanks(layer.mlp, communicator)  # type: ignore[assignment]
+    layers: Any = model.layers
+    for layer in layers:
+        layer.attention.o_proj = SummedOverRanks(layer.attention.o_proj, communicator)
+        layer.mlp = SummedOverRanks(layer.mlp, communicator)
 
 
 def _obstacle(config: ModelConfig, size: int) -> str:
