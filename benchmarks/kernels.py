@@ -131,8 +131,8 @@ def random_cache(blocks: int, dtype: torch.dtype) -> LayerCache:
 def attend_in_all_layers(
     q: Tensor, cache: Sequence[LayerCache], index: tuple[Tensor, Tensor, Tensor], window: int
 ) -> None:
-    for keys, values, *scales in cache:
-        kernels.paged_attention(q, keys, values, *index, HEAD_DIM**-0.5, window, 0, None, *scales)
+    for keys, values, key_scales, value_scales in cache:
+        kernels.paged_attention(q, keys, values, *index, HEAD_DIM**-0.5, window, 0, None, key_scales, value_scales)
 
 
 def benchmark_rows(limits: tuple[float, float]) -> None:

@@ -144,9 +144,11 @@ class ModelConfig:
 class EngineConfig:
     """How much the engine may hold and do per step."""
 
-    block_size: int = 16  # tokens per KV block
+    block_size: int = 16  # tokens per KV block; rounded up to what the device's attention reads
     num_blocks: int = 0  # 0: as many as kv_cache_bytes holds
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int = 0  # 0: 1 GiB, on CUDA what gpu_memory_utilization leaves
+    gpu_memory_utilization: float = 0.9  # share of a GPU that weights, steps and the KV cache may take together
+    enforce_eager: bool = False  # no CUDA graphs
     max_num_seqs: int = 64  # requests computed in one step
     max_num_batched_tokens: int = 512  # token budget of one step
     max_prefill_tokens_beside_decodes: int = 64  # of it, for prompts: bounds the stall they cause running streams

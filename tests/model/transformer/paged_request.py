@@ -46,7 +46,9 @@ class PagedRequest:
         self.qkv = torch.randn(length, (heads + 2 * kv_heads) * head_dim)
         blocks = -(-length // BLOCK)
         self.table = torch.randperm(blocks + 3)[:blocks].to(torch.int32)
-        self.cos_sin = rotary_angles(length, head_dim)
+        self.softcap = 0.0
+        self.sink_logits: Tensor | None = None
+        self.cos_sin: Tensor | None = rotary_angles(length, head_dim)
         self.cache = cpu_cache(blocks + 3, kv_heads, head_dim, dtype)
 
     def rotate_and_cache(self, positions: Tensor, rotated_to: Tensor, slots: Tensor) -> Tensor:
@@ -64,8 +66,8 @@ class PagedRequest:
             q_sink = self.rotate_and_cache(positions, positions.clamp(max=last), torch.full_like(slots, -1))
         keys, values, *scales = self.cache
         index = self.table.unsqueeze(0), torch.tensor([0, end - begin]).int(), torch.tensor([end]).int()
-        seen = self.window, self.num_sinks, q_sink
-        return kernels.paged_attention(q, keys, values, *index, self.head_dim**-0.5, *seen, *scales)
+        seen = self.head_dim**-0.5, self.window, self.num_sinks, q_sink, *scales, self.softcap, self.sink_logits
+        return kernels.paged_attention(q, keys, values, *index, *seen)
 
     def forward_in_chunks(self, chunk: int, *, free: bool = False) -> Tensor:
         """The whole request; with ``free``, blocks that no later token sees are another's after every step."""

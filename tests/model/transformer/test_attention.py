@@ -37,11 +37,17 @@ def index_of(tables: Tensor, query_lengths: list[int], lengths: list[int]) -> tu
 
 
 def check_against_the_reference(
-    q: Tensor, cache: LayerCache, index: tuple[Tensor, Tensor, Tensor], window: int = 0, num_sinks: int = 0
+    q: Tensor,
+    cache: LayerCache,
+    index: tuple[Tensor, Tensor, Tensor],
+    window: int = 0,
+    num_sinks: int = 0,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> None:
-    keys, values, *scales = cache
     for q_sink in (torch.randn_like(q), None):
-        arguments = (q, keys, values, *index, q.shape[2] ** -0.5, window, num_sinks, q_sink, *scales)
+        seen = window, num_sinks, q_sink, cache.key_scales, cache.value_scales, softcap, sink_logits
+        arguments = (q, cache.keys, cache.values, *index, q.shape[2] ** -0.5, *seen)
         close(kernels.paged_attention(*arguments), reference.paged_attention(*arguments))
 
 
@@ -58,6 +64,30 @@ def test_attention_equals_the_reference(heads: int, kv_heads: int, head_dim: int
     q = torch.randn(sum(query_lengths), heads, head_dim)
     for window, num_sinks in SEEN:
         check_against_the_reference(q, cache, index, window, num_sinks)
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 112, 256])
+def test_capped_scores_and_learned_sinks_equal_the_reference(head_dim: int, dtype: torch.dtype) -> None:
+    query_lengths, lengths = [1, 20, 1, 40], [1, 20, 150, 77]
+    cache = cpu_cache(40, 2, head_dim, dtype)
+    index = index_of(torch.stack([torch.randperm(40)[:10] for _ in lengths]), query_lengths, lengths)
+    q = torch.randn(sum(query_lengths), 6, head_dim) * 5
+    sink_logits = torch.tensor([-20.0, -1.0, 0.0, 1.0, 5.0, 50.0])
+    for window, num_sinks in ((0, 0), (21, 0), (40, 4)):
+        for softcap, sinks in ((4.0, None), (0.0, sink_logits), (20.0, sink_logits)):
+            check_against_the_reference(q, cache, index, window, num_sinks, softcap, sinks)
+
+
+def test_scores_are_capped_then_masked_and_a_sink_takes_its_share() -> None:
+    length, heads, softcap, sink_logits = 30, 4, 2.0, torch.tensor([-1.0, 0.0, 1.0, 3.0])
+    request = PagedRequest(length, heads, heads, 24, torch.float32)
+    request.softcap, request.sink_logits, request.cos_sin = softcap, sink_logits, None
+    q, k, v = request.qkv.view(length, 3 * heads, 24).transpose(0, 1).chunk(3)
+    scores = softcap * (q @ k.transpose(1, 2) * 24**-0.5 / softcap).tanh()
+    powers = scores.exp().tril()
+    shares = powers / (powers.sum(-1, keepdim=True) + sink_logits.exp().view(heads, 1, 1))
+    close(request.forward(0, length), (shares @ v).transpose(0, 1).flatten(1))
 
 
 def test_blocks_may_be_larger_than_sixteen() -> None:

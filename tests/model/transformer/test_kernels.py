@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -88,23 +89,52 @@ def test_norms_equal_the_reference(shape: tuple[int, int], dtype: torch.dtype) -
     assert torch.equal(summed, x + residual)
 
 
-@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu"])
-def test_activations_equal_the_reference(kind: str) -> None:
+def inputs_with_edges() -> Tensor:
     edges = torch.tensor([-1e4, -100.0, -88.5, -87.0, 0.0, 88.5, 100.0, 1e4])
-    x = torch.cat((torch.randn(3, 50) * 4, edges.expand(3, 8)), dim=1)
+    return torch.cat((torch.randn(3, 50) * 4, edges.expand(3, 8)), dim=1)
+
+
+@pytest.mark.parametrize("kind", reference.ACTIVATIONS)
+def test_activations_equal_the_reference(kind: str) -> None:
+    x = inputs_with_edges()
     close(kernels.activation(x, kind), reference.activation(x, kind))
     close(kernels.gated_activation(x, kind), reference.gated_activation(x, kind))
 
 
+def test_swiglu_oai_is_clamped_and_biased() -> None:
+    x = inputs_with_edges()
+    gate, up = x.chunk(2, dim=1)
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    expected = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    for operations in (kernels, reference):
+        close(operations.gated_activation(x, "swiglu_oai"), expected)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("head_dim", [8, 40, 64])
+def test_head_norm_normalises_q_and_k_where_they_are(head_dim: int, whole: bool) -> None:
+    heads, kv_heads = 6, 2
+    q, k, v = (torch.randn(70, count, head_dim) for count in (heads, kv_heads, kv_heads))
+    weights = [torch.randn(count * head_dim if whole else head_dim) for count in (heads, kv_heads)]
+    qkv = torch.cat((q, k, v), dim=1).flatten(1)
+    expected = [
+        F.rms_norm(x.flatten(1) if whole else x, weight.shape, weight, 1e-5).view_as(x)
+        for x, weight in zip((q, k), weights, strict=True)
+    ]
+    for operations in (kernels, reference):
+        result = qkv.clone()
+        operations.head_norm(result, *weights, heads, kv_heads, 1e-5)
+        close(result, torch.cat((*expected, v), dim=1).flatten(1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rotary", [True, False])
-@pytest.mark.parametrize("head_dim", [8, 16, 24, 64])
-def test_rotate_and_cache_equals_the_reference(head_dim: int, rotary: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(8, 8), (16, 0), (24, 24), (64, 64), (80, 32), (24, 6)])
+def test_rotate_and_cache_equals_the_reference(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:
     tokens, heads, kv_heads = 70, 6, 2
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim)
     slots = torch.randperm(8 * BLOCK)[:tokens]
     slots[5] = slots[9] = -1
-    positions, cos_sin = torch.randint(0, 50, (tokens,)), torch.randn(50, head_dim) if rotary else None
+    positions, cos_sin = torch.randint(0, 50, (tokens,)), torch.randn(50, rotary_dim) if rotary_dim else None
     cache = cpu_cache(8, kv_heads, head_dim, dtype)[:2]
     expected_cache = cache[0].clone(), cache[1].clone()
     q = kernels.rotate_and_cache(qkv, positions, cos_sin, *cache, slots, heads, kv_heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -9,19 +11,23 @@ import torch
 
 from tokenrelay.model.config import MAX_STREAMING_LEN, DType, EngineConfig, ModelConfig
 from tokenrelay.model.engine.block_tables import Window
+from tokenrelay.model.engine.devices import check_device, fitting_blocks, make_executor
 from tokenrelay.model.engine.model_runner import ModelRunner
-from tokenrelay.model.engine.network import Network
-from tokenrelay.model.engine.ranks import LeadingNetwork
+from tokenrelay.model.engine.ranks import LeadingExecutor
 from tokenrelay.model.engine.request import Request
 from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.engine.scheduler import Scheduler
 from tokenrelay.model.engine.step import StepOutput
+from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.communicator import Communicator
 from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_block
 from tokenrelay.model.transformer.loading import load_transformer
 from tokenrelay.model.transformer.tensor_parallel import Share
+from tokenrelay.model.transformer.transformer import Transformer
 from tokenrelay.model.weights import resolve
 from tokenrelay.model.weights.checkpoint import Checkpoint, open_checkpoint
+
+DEFAULT_KV_CACHE_BYTES = 1 << 30
 
 
 class Engine:
@@ -50,12 +56,14 @@ class Engine:
     ) -> Engine:
         """From a short name, a GGUF file, a folder or a hub id, fetched if it is not here.
 
-        device ``auto``: a GPU if there is one. dtype ``auto``: bfloat16; on a CPU matrices that are stored in 8 or 4
-        bits stay so, and with ``int8`` all get 8. Raises ValueError where the device has no such type.
+        device ``auto``: CUDA if there is one. dtype ``auto``: bfloat16; on a CPU matrices that are stored in 8 or 4
+        bits stay so, and with ``int8`` all get 8. Raises ValueError where there is no such device, or it has no such
+        type.
         """
         source = resolve(model, cache_dir=cache_dir)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        check_device(torch.device(device))
         if dtype == "int8" and device != "cpu":
             raise ValueError(f"dtype int8 has no kernels on {device}; use auto or bfloat16")
         return cls.from_checkpoint(
@@ -82,20 +90,20 @@ class Engine:
     ) -> Engine:
         """Load the network and allocate its KV cache. With ``ranks``, this rank's share of both.
 
-        The leader's engine leads; of the others' only the network is used. (``engine.ranks.follow``) Raises the
+        The leader's engine leads; of the others' only the executor is used. (``engine.ranks.follow``) Raises the
         checkpoint's and the loader's ValueErrors.
         """
         model_config = checkpoint.config()
         own_config = Share(model_config, ranks.rank, ranks.size).own_config if ranks else model_config
+        config = replace(config, enforce_eager=config.enforce_eager or ranks is not None)
+        config = replace(config, block_size=kernels.block_size(device, config.block_size))
         cache_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
-        num_blocks = config.num_blocks or config.kv_cache_bytes // bytes_per_block(
-            own_config, config.block_size, cache_dtype
-        )
-        if ranks:
-            num_blocks = ranks.smallest(num_blocks)
         longest = model_config.max_position_embeddings
         context = min(longest, config.max_model_len or longest)
-        window = _window(model_config, config, context, num_blocks)
+        block_bytes = bytes_per_block(own_config, config.block_size, cache_dtype)
+        num_blocks = _planned_blocks(config, block_bytes, device)
+        if num_blocks is not None:
+            _check_room(config, context, num_blocks)
         model = load_transformer(
             model_config,
             checkpoint.stored(dtype) if keep_quantized else checkpoint.tensors(dtype),
@@ -107,21 +115,18 @@ class Engine:
             in_8_bits=in_8_bits,
             ranks=ranks,
         )
-        kv_cache = allocate_kv_cache(own_config, num_blocks, config.block_size, cache_dtype, device)
-        network = Network(model, kv_cache, device)
-        if ranks and ranks.rank == 0:
-            network = LeadingNetwork(model, kv_cache, device, ranks)
-        runner = ModelRunner(
-            network,
-            Sampler(model_config.eos_token_ids),
-            block_size=config.block_size,
-            device=device,
-            window=window,
-        )
+        window = _window(model_config, config, context)
+        make_runner = partial(_make_runner, model, window, context, cache_dtype, device)
+        if num_blocks is None:
+            num_blocks = fitting_blocks(make_runner, config, own_config, context, block_bytes, device)
+        if ranks:
+            num_blocks = ranks.smallest(num_blocks)
         max_model_len = MAX_STREAMING_LEN if config.attention_sinks else min(context, num_blocks * config.block_size)
-        return cls(
-            Scheduler(config, num_blocks, max_model_len, model_config.eos_token_ids, window), runner, max_model_len
-        )
+        scheduler = Scheduler(config, num_blocks, max_model_len, model_config.eos_token_ids, window)
+        runner = make_runner(num_blocks, config)
+        if ranks and ranks.rank == 0:
+            runner.executor = LeadingExecutor(runner.executor, ranks)
+        return cls(scheduler, runner, max_model_len)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -167,20 +172,44 @@ class Engine:
         return self.scheduler.update(scheduled, sampled)
 
 
-def _window(model_config: ModelConfig, config: EngineConfig, context: int, num_blocks: int) -> Window:
-    """The network's own sliding window, or the one that makes it go on past its context.
+def _make_runner(
+    model: Transformer,
+    window: Window,
+    context: int,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+    num_blocks: int,
+    config: EngineConfig,
+) -> ModelRunner:
+    """With a cache of so many blocks, all zeros."""
+    kv_cache = allocate_kv_cache(model.config, num_blocks, config.block_size, cache_dtype, device)
+    executor = make_executor(model, kv_cache, device, config, max_blocks=-(-context // config.block_size))
+    sampler = Sampler(model.config.eos_token_ids)
+    return ModelRunner(model, sampler, executor, block_size=config.block_size, window=window)
 
-    Raises:
-        ValueError: the cache holds no sequence, or not the whole context that is to go on when full.
-    """
-    if min(context, num_blocks * config.block_size) < 2:
+
+def _planned_blocks(config: EngineConfig, bytes_per_block: int, device: torch.device) -> int | None:
+    """None: what is free on the device decides, when the weights are there."""
+    if config.num_blocks or config.kv_cache_bytes:
+        return config.num_blocks or config.kv_cache_bytes // bytes_per_block
+    return None if device.type == "cuda" else DEFAULT_KV_CACHE_BYTES // bytes_per_block
+
+
+def _check_room(config: EngineConfig, context: int, num_blocks: int) -> None:
+    """Raises ValueError: the cache holds no sequence, or not the whole context that is to go on when full."""
+    room = num_blocks * config.block_size
+    if min(context, room) < 2:
         raise ValueError("the KV cache's memory budget holds not even one block; raise kv_cache_mb")
-    if not config.attention_sinks:
-        return Window(0 if model_config.full_attention_layers else model_config.sliding_window)
     needed = context + config.max_num_batched_tokens + 2 * config.block_size
-    if num_blocks * config.block_size < needed:
+    if config.attention_sinks and room < needed:
         raise ValueError(
-            f"attention_sinks needs room for the whole context and a step: {needed} tokens, the KV cache holds "
-            f"{num_blocks * config.block_size}; raise kv_cache_mb or lower max_model_len"
+            f"attention_sinks needs room for the whole context and a step: {needed} tokens, the KV cache holds {room}; "
+            "raise kv_cache_mb or lower max_model_len"
         )
-    return Window(context - config.attention_sinks, config.attention_sinks)
+
+
+def _window(model_config: ModelConfig, config: EngineConfig, context: int) -> Window:
+    """The network's own sliding window, or the one that makes it go on past its context."""
+    if config.attention_sinks:
+        return Window(context - config.attention_sinks, config.attention_sinks)
+    return Window(0 if model_config.full_attention_layers else model_config.sliding_window)

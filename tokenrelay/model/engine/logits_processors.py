@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tokenrelay.model.engine.request import SamplingPosition
 from tokenrelay.model.sampling_params import SamplingParams
+from tokenrelay.model.transformer.transfer import tensor_on
 
 LONGEST_REPEAT = 50  # tokens DRY looks back: its penalty grows exponentially, so a longer repeat gets no likelier
 MAX_DRY_PENALTY = 1e30  # stays finite in fp32
@@ -55,10 +56,10 @@ def _combine(
 ) -> None:
     """``operation(logits, numbers)`` over the tokens in the tables of all rows at once."""
     tables = [(row, table(at)) for row, at in rows]
-    where = torch.tensor([row for row, numbers in tables for _ in numbers], dtype=torch.long, device=logits.device)
-    ids = torch.tensor([i for _, numbers in tables for i in numbers], dtype=torch.long, device=logits.device)
-    values = torch.tensor([x for _, numbers in tables for x in numbers.values()], device=logits.device)
-    logits[where, ids] = operation(logits[where, ids], values.to(logits.dtype))
+    where = tensor_on(logits.device, [row for row, numbers in tables for _ in numbers], torch.long)
+    ids = tensor_on(logits.device, [i for _, numbers in tables for i in numbers], torch.long)
+    values = tensor_on(logits.device, [x for _, numbers in tables for x in numbers.values()], logits.dtype)
+    logits[where, ids] = operation(logits[where, ids], values)
 
 
 def logit_bias(at: SamplingPosition) -> Table:
@@ -127,10 +128,10 @@ def allow_only(logits: Tensor, rows: Rows) -> None:
     """Forbids all but ``allowed_token_ids``: vLLM's parameter. Where all of them were forbidden, they come equally
     likely: a row must be left with something."""
     for row, at in rows:
-        allowed = list(at.params.allowed_token_ids)
+        allowed = tensor_on(logits.device, at.params.allowed_token_ids, torch.long)
         kept = logits[row, allowed]
         logits[row] = -torch.inf
-        logits[row, allowed] = kept if kept.isfinite().any() else 0.0
+        logits[row, allowed] = torch.where(kept.isfinite().any(), kept, 0.0)
 
 
 PROCESSORS = (

@@ -20,7 +20,7 @@ Vector = npt.NDArray[np.float64]
 def pool(entry: ScheduledRequest, hidden: Tensor) -> Sampled:
     """``hidden`` [rows, C] are the entry's normalised hidden states of this step."""
     rows = hidden if entry.request.pooling == "mean" else hidden[-1:]
-    states: Vector = rows.double().cpu().numpy()
+    states: Vector = rows.cpu().double().numpy()
     if entry.request.pooling == "mean":
         states = _running_sum(entry.request.hidden_sum, states)
     return Sampled(embedding=unit(states[-1])) if entry.completes else Sampled(hidden_sum=states[-1].copy())

@@ -4,67 +4,72 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokenrelay.model.engine.network import Network, StepInput
-from tokenrelay.model.transformer.attention import AttentionMetadata
+from tokenrelay.model.engine.executor import Executor, StepInputs
 from tokenrelay.model.transformer.communicator import Communicator
-from tokenrelay.model.transformer.kv_cache import LayerCache
-from tokenrelay.model.transformer.transformer import Transformer
 
-NUM_PARTS = 8  # tensors that make up a step
+NUM_PARTS = 8  # the arrays of StepInputs, and the block copies
 
 
-class LeadingNetwork(Network):
-    """Rank 0's share. Raises RankLost when another rank is gone."""
+class LeadingExecutor:
+    """Rank 0's own executor, and word of what it does to the others. Raises RankLost when one of them is gone."""
 
-    def __init__(
-        self, model: Transformer, kv_cache: Sequence[LayerCache], device: torch.device, communicator: Communicator
-    ) -> None:
-        super().__init__(model, kv_cache, device)
+    def __init__(self, own: Executor, communicator: Communicator) -> None:
+        self._own = own
         self._communicator = communicator
+        self._copies: Sequence[tuple[int, int]] = ()
 
-    def run(self, step: StepInput) -> Tensor:
-        """As of any network, at all ranks."""
-        parts = _parts_of(step)
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """The others copy theirs when they hear of the step."""
+        self._copies = pairs
+        self._own.copy_blocks(pairs)
+
+    def forward(self, inputs: StepInputs, *, capturable: bool = True) -> Tensor:
+        """As of any executor, at all ranks."""
+        parts = _parts_of(inputs, self._copies)
+        self._copies = ()
         self._communicator.broadcast(torch.tensor([part.numel() for part in parts]))
         self._communicator.broadcast(torch.cat(parts))
-        return super().run(step)
+        return self._own.forward(inputs, capturable=capturable)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """The leader alone has the head."""
+        return self._own.compute_logits(hidden)
 
 
 @torch.inference_mode()
-def follow(own: Network, communicator: Communicator) -> None:
+def follow(own: Executor, communicator: Communicator) -> None:
     """Run what the leader runs, until it is gone: then RankLost."""
     sizes = torch.zeros(NUM_PARTS, dtype=torch.int64)
     while True:
         communicator.broadcast(sizes)
         numbers = torch.empty(int(sizes.sum()), dtype=torch.int64)
         communicator.broadcast(numbers)
-        own.run(_step_of(torch.split(numbers, sizes.tolist())))
+        inputs, copies = _step_of(torch.split(numbers, sizes.tolist()))
+        if copies:
+            own.copy_blocks(copies)
+        own.forward(inputs)
 
 
-def _parts_of(step: StepInput) -> list[Tensor]:
+def _parts_of(inputs: StepInputs, copies: Sequence[tuple[int, int]]) -> list[Tensor]:
     """All numbers of a step, as flat tensors of one type."""
-    metadata = step.metadata
-    sinks, copies = metadata.sink_positions, torch.tensor(step.block_copies)
-    parts = [
-        step.input_ids,
-        step.positions,
-        metadata.slot_mapping,
-        metadata.block_tables,
-        metadata.query_start_loc,
-        metadata.seq_lens,
-        torch.empty(0) if sinks is None else sinks,
-        copies,
-    ]
-    return [part.flatten().long() for part in parts]
+    arrays = [np.empty(0) if array is None else array for array in (*inputs, np.array(copies))]
+    return [torch.from_numpy(array.reshape(-1).astype(np.int64)) for array in arrays]
 
 
-def _step_of(parts: tuple[Tensor, ...]) -> StepInput:
+def _step_of(parts: tuple[Tensor, ...]) -> tuple[StepInputs, list[tuple[int, int]]]:
     """The inverse; the kernels want some of them as int32."""
-    input_ids, positions, slots, tables, starts, lens, sinks, copies = parts
-    tables = tables.view(len(lens), -1)
-    metadata = AttentionMetadata(slots, tables.int(), starts.int(), lens.int(), sinks if len(sinks) else None)
-    pairs = [(source, to) for source, to in copies.view(-1, 2).tolist()]
-    return StepInput(input_ids, positions, metadata, pairs)
+    input_ids, positions, slots, tables, starts, lens, sinks, copies = (part.numpy() for part in parts)
+    inputs = StepInputs(
+        input_ids,
+        positions,
+        slots,
+        tables.reshape(len(lens), -1).astype(np.int32),
+        starts.astype(np.int32),
+        lens.astype(np.int32),
+        sinks if len(sinks) else None,
+    )
+    return inputs, [(source, to) for source, to in copies.reshape(-1, 2).tolist()]

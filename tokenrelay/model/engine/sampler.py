@@ -24,6 +24,7 @@ from tokenrelay.model.engine.step import Sampled, ScheduledRequest
 from tokenrelay.model.engine.temperature import temperatures
 from tokenrelay.model.engine.truncation import is_truncated, next_mirostat_mu, truncate
 from tokenrelay.model.sampling_params import TokenLogprobs
+from tokenrelay.model.transformer.transfer import tensor_on
 
 Positions = Sequence[SamplingPosition]
 
@@ -74,18 +75,19 @@ class Sampler:
             self._forbid_early_end(logits[row], position)
         process(logits, positions)
         _constrain(logits, entries)
-        drawn = [Drawn(token_id) for token_id in logits.argmax(dim=-1).tolist()]
+        best = logits.argmax(dim=-1).double()  # holds every id
+        drawn = torch.stack((best, torch.ones_like(best)), dim=1)
         rows = [row for row, position in enumerate(positions) if not position.params.greedy]
         if rows:
-            by_chance = _draw(logits[rows], [positions[row] for row in rows])
-            for row, one in zip(rows, by_chance, strict=True):
-                drawn[row] = one
-        return drawn
+            chosen = tensor_on(logits.device, rows, torch.long)
+            drawn[chosen] = _draw(logits[chosen], [positions[row] for row in rows])
+        return [Drawn(int(token_id), probability) for token_id, probability in drawn.tolist()]
 
     def _forbid_early_end(self, logits: Tensor, position: SamplingPosition) -> None:
         params = position.params
         if position.num_output_tokens < params.min_tokens:
-            logits[list(self._eos_token_ids.union(params.stop_token_ids))] = -torch.inf
+            ends = list(self._eos_token_ids.union(params.stop_token_ids))
+            logits.index_fill_(0, tensor_on(logits.device, ends, torch.long), -torch.inf)
 
 
 def _positions(entry: ScheduledRequest) -> Iterator[SamplingPosition]:
@@ -118,24 +120,28 @@ def _constrain(logits: Tensor, entries: Sequence[ScheduledRequest]) -> None:
         start = end
 
 
-def _draw(logits: Tensor, positions: Positions) -> list[Drawn]:
-    """Inverse of the cumulative distribution at the position's random number, after temperature and truncations."""
+def _draw(logits: Tensor, positions: Positions) -> Tensor:
+    """Inverse of the cumulative distribution at the position's random number, after temperature and truncations.
+
+    [S, 2] in double precision: token ids and their probabilities, as ``Drawn``.
+    """
     logits = logits / _column(temperatures(logits, positions), logits)
     uniforms = _column([uniform(at.params.seed, at.num_tokens) for at in positions], logits).double()
-    token_ids = torch.empty_like(uniforms, dtype=torch.long)
-    probabilities = torch.ones_like(uniforms)
+    drawn = torch.ones((len(positions), 2), dtype=torch.double, device=logits.device)
     truncated = [row for row, position in enumerate(positions) if is_truncated(position)]
     if truncated:
-        descending, order = logits[truncated].sort(dim=-1, descending=True, stable=True)
+        rows = tensor_on(logits.device, truncated, torch.long)
+        descending, order = logits[rows].sort(dim=-1, descending=True, stable=True)
         truncate(descending, [positions[row] for row in truncated])
         weights = descending.softmax(dim=-1)
-        ranks = _inverse_cdf(weights, uniforms[truncated])
-        token_ids[truncated] = order.gather(1, ranks)
-        probabilities[truncated] = weights.gather(1, ranks).double()
+        ranks = _inverse_cdf(weights, uniforms[rows])
+        drawn[rows] = torch.cat((order.gather(1, ranks).double(), weights.gather(1, ranks).double()), dim=1)
     whole = [row for row in range(len(positions)) if row not in truncated]
     if whole:
-        token_ids[whole] = _inverse_cdf((logits[whole] if truncated else logits).softmax(dim=-1), uniforms[whole])
-    return [Drawn(*pair) for pair in zip(token_ids.flatten().tolist(), probabilities.flatten().tolist(), strict=True)]
+        rows = tensor_on(logits.device, whole, torch.long)
+        weights = (logits[rows] if truncated else logits).softmax(dim=-1)
+        drawn[rows, 0] = _inverse_cdf(weights, uniforms[rows]).squeeze(1).double()
+    return drawn
 
 
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -145,4 +151,4 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
+    return tensor_on(like.device, values, torch.float32).unsqueeze(1)

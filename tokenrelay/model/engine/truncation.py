@@ -17,6 +17,7 @@ from torch import Tensor
 from tokenrelay.model.engine.counter_random import XTC_STREAM, uniform
 from tokenrelay.model.engine.request import SamplingPosition
 from tokenrelay.model.engine.temperature import entropy
+from tokenrelay.model.transformer.transfer import tensor_on
 
 Positions = Sequence[SamplingPosition]
 
@@ -37,9 +38,10 @@ def truncate(logits: Tensor, positions: Positions) -> None:
     for truncation in TRUNCATIONS:
         rows = [row for row, position in enumerate(positions) if truncation.is_used(position)]
         if rows:
-            chosen = logits[rows]
+            index = tensor_on(logits.device, rows, torch.long)
+            chosen = logits[index]
             kept = truncation.keeps(chosen, [positions[row] for row in rows])
-            logits[rows] = chosen.masked_fill_(~kept, -torch.inf)
+            logits[index] = chosen.masked_fill_(~kept, -torch.inf)
 
 
 def top_n_sigma(logits: Tensor, positions: Positions) -> Tensor:
@@ -54,7 +56,7 @@ def top_n_sigma(logits: Tensor, positions: Positions) -> Tensor:
 
 def top_k(logits: Tensor, positions: Positions) -> Tensor:
     """The k largest. (Fan et al. 2018)"""
-    limits = torch.tensor([[at.params.top_k] for at in positions], device=logits.device)
+    limits = tensor_on(logits.device, [at.params.top_k for at in positions], torch.long).unsqueeze(1)
     return torch.arange(logits.shape[1], device=logits.device) < limits
 
 
@@ -120,7 +122,7 @@ def _total(values: Tensor) -> Tensor:
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device).unsqueeze(1)
+    return tensor_on(like.device, values, torch.float64).unsqueeze(1)
 
 
 TRUNCATIONS = (

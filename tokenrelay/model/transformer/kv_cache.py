@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.transformer import kernels
+from tokenrelay.model.transformer.transfer import to_device
 
 
 class LayerCache(NamedTuple):
@@ -62,7 +63,7 @@ def copy_blocks(kv_cache: Sequence[LayerCache], pairs: Sequence[tuple[int, int]]
     All sources are read before a destination is written.
     """
     device = kv_cache[0].keys.device
-    sources, destinations = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+    sources, destinations = to_device(torch.tensor(pairs, dtype=torch.int64), device).view(-1, 2).unbind(1)
     for layer in kv_cache:
         for tensor in layer:
             if tensor is not None:

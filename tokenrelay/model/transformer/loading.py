@@ -49,8 +49,8 @@ def load_transformer(
 
     With ``ranks`` it is this rank's share of the network, cut tensor by tensor: no rank ever holds the whole.
 
-    On a CPU activations are fp32 whatever the weights are: its kernels accumulate in fp32 anyway. Peak memory is
-    the weights in ``dtype`` and one tensor.
+    On a CPU activations are fp32 whatever the weights are: its kernels accumulate in fp32 anyway. Norms' weights are
+    fp32 everywhere. Peak memory is the weights in ``dtype`` and one tensor.
 
     Raises:
         WeightsError: the tensors do not fit the network.
@@ -94,15 +94,24 @@ def _empty(
     config: ModelConfig, max_model_len: int, attention_sinks: int, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
     """The network with uninitialised parameters in their final types."""
-    with torch.device("meta"):
-        model = Transformer(config, max_model_len, attention_sinks).to(dtype)
-    if device.type == "cpu":
-        _keep_in_fp32(model, with_linears=not native.is_available())
+    model = typed(config, max_model_len, attention_sinks, dtype, device)
     materialise(model, device)
     if config.positions == "rotary":
         model.rotary = rotary_table(config, max_model_len).to(device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def typed(
+    config: ModelConfig, max_model_len: int, attention_sinks: int, dtype: torch.dtype, device: torch.device
+) -> Transformer:
+    """The network on the meta device, every parameter of the type that it has on ``device``."""
+    with torch.device("meta"):
+        model = Transformer(config, max_model_len, attention_sinks).to(dtype)
+    on_cpu = device.type == "cpu"
+    model.activation_dtype = torch.float32 if on_cpu else dtype
+    _keep_in_fp32(model, with_linears=on_cpu and not native.is_available())
     return model
 
 

@@ -47,6 +47,7 @@ class Transformer(nn.Module):
     """
 
     rotary: Tensor | None
+    activation_dtype = torch.float32  # of what flows between the layers, whatever the weights are
 
     def __init__(self, config: ModelConfig, max_model_len: int, attention_sinks: int = 0) -> None:
         """Raises ValueError: ``attention_sinks`` does not suit the network or ``max_model_len``."""
@@ -78,9 +79,9 @@ class Transformer(nn.Module):
 
         Positions are below ``max_model_len`` unless the metadata have ``sink_positions``.
         """
-        x = self.embed_tokens(input_ids).to(self._activation_dtype)
+        x = self.embed_tokens(input_ids).to(self.activation_dtype)
         if self.embed_positions is not None:
-            x = x + self.embed_positions(positions).to(self._activation_dtype)
+            x = x + self.embed_positions(positions).to(self.activation_dtype)
         rotary = self.rotary
         if metadata.sink_positions is not None and rotary is not None:
             rotary, positions, metadata = _rotary_of_step(self.config, rotary, positions, metadata)
@@ -105,11 +106,6 @@ class Transformer(nn.Module):
         """[S, C] → [S, vocabulary] fp32."""
         logits: Tensor = self.lm_head(hidden)
         return logits.float()
-
-    @property
-    def _activation_dtype(self) -> torch.dtype:
-        """Norm weights are kept in the type that the activations flow in."""
-        return next(self.norm.parameters()).dtype
 
 
 def _check_sinks(config: ModelConfig, max_model_len: int, attention_sinks: int) -> None:

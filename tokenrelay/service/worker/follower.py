@@ -24,4 +24,4 @@ def run_follower(settings: Settings, rank: int, rendezvous: Path) -> None:
         engine = load_engine(resolve(settings.model, cache_dir=settings.cache_dir), settings, ranks)
         gc.freeze()
         gc.enable()
-        follow(engine.runner.network, ranks)
+        follow(engine.runner.executor, ranks)

@@ -12,14 +12,15 @@ value of a head) and of the model's dtype on CUDA.
 | add_rms_norm        | the same and residual[T, C]                                 | residual += x, its norm     |
 | layer_norm          | x[T, C], weight[C], bias[C]                                 | [T, C]                      |
 | add_layer_norm      | the same and residual[T, C]                                 | residual += x, its norm     |
+| head_norm           | qkv[T, (H + 2 KV) D], weights of q and of k                 | q and k in place            |
 | rotate_and_cache    | qkv[T, (H + 2 KV) D], positions[T], slots[T]                | q[T, H, D]; K, V to cache   |
 | paged_attention     | q[T, H, D], cache, block_tables[B, M]                       | [T, H D]                    |
 | activation          | x[T, I]                                                     | act(x)                      |
 | gated_activation    | x[T, 2 I]                                                   | act(x[:, :I]) * x[:, I:]    |
 
 Implementations are registered with torch's dispatcher, so the network names no device: CPU is ``native`` (``reference``
-where that was not built), CUDA is ``cuda``, and fake tensors get shapes alone. On the CPU every row is computed in one
-fixed order, whatever else is in the batch.
+where that was not built), CUDA is ``cuda``, MPS is ``reference``, and fake tensors get shapes alone. On the CPU every
+row is computed in one fixed order, whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _names: list[str] = []
 _layouts: dict[str, ModuleType] = {}
 
 
-def _define(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Any]:
+def _define(name: str, schema: str, fake: Callable[..., Tensor | None]) -> Callable[..., Any]:
     """Declare one operation and what it does to shapes; returns its entry point."""
     _library.define(name + schema)
     torch.library.register_fake(f"tokenrelay::{name}", fake, lib=_library)
@@ -78,6 +79,11 @@ _add_layer_norm = _define(
     "(Tensor x, Tensor(a!) residual, Tensor weight, Tensor? bias, float eps) -> Tensor",
     _like_first,
 )
+_head_norm = _define(
+    "head_norm",
+    "(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, int num_heads, int num_kv_heads, float eps) -> ()",
+    lambda *_: None,
+)
 _rotate_and_cache = _define(
     "rotate_and_cache",
     "(Tensor qkv, Tensor positions, Tensor? cos_sin, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
@@ -90,7 +96,7 @@ _paged_attention = _define(
     "paged_attention",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor query_start_loc, Tensor seq_lens,"
     " float scale, int window=0, int num_sinks=0, Tensor? q_sink=None, Tensor? key_scales=None,"
-    " Tensor? value_scales=None) -> Tensor",
+    " Tensor? value_scales=None, float softcap=0.0, Tensor? sink_logits=None) -> Tensor",
     lambda q, *_: q.new_empty((q.shape[0], q.shape[1] * q.shape[2])),
 )
 _activation = _define("activation", "(Tensor x, str kind) -> Tensor", _like_first)
@@ -102,9 +108,17 @@ _gated_activation = _define(
 def kv_cache_shapes(
     device: torch.device, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of one layer's K and V cache; create them zeroed. ``block_size`` is a multiple of 16."""
-    shapes = cuda.kv_cache_shapes if device.type == "cuda" else reference.kv_cache_shapes
-    return shapes(num_blocks, block_size, num_kv_heads, head_dim)
+    """Shapes of one layer's K and V cache; create them zeroed. ``block_size`` is one that ``block_size`` gave."""
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] = _layouts[device.type].kv_cache_shapes(
+        num_blocks, block_size, num_kv_heads, head_dim
+    )
+    return shapes
+
+
+def block_size(device: torch.device, wanted: int) -> int:
+    """The least number of tokens per block that the device's attention reads, from ``wanted`` on."""
+    unit: int = _layouts[device.type].BLOCK_SIZE
+    return -(-wanted // unit) * unit
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -144,6 +158,14 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | N
     return _add_layer_norm(x, residual, weight, bias, eps)  # type: ignore[no-any-return]
 
 
+def head_norm(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_heads: int, num_kv_heads: int, eps: float) -> None:
+    """RMS norm of q and k inside qkv [T, (H + 2 KV) D], in place.
+
+    Of each head by itself, if a weight has D elements; of all heads at once, if it has H D (q) or KV D (k).
+    """
+    _head_norm(qkv, q_weight, k_weight, num_heads, num_kv_heads, eps)
+
+
 def rotate_and_cache(
     qkv: Tensor,
     positions: Tensor,
@@ -158,9 +180,10 @@ def rotate_and_cache(
 ) -> Tensor:
     """Rotate Q and K to their positions, write K and V to the cache; a negative slot is not written.
 
-    qkv [T, (H + 2 KV) D], positions [T] int64, cos_sin [max position, D] fp32 (cosines then sines; None: no rotation),
-    slot_mapping [T] int64 (block * block_size + offset) -> q [T, H, D]. With scales [blocks, KV, block_size] fp32 the
-    cache is int8: scale = max |x| / 127 of a key or value of one head, elements round(x / scale), ties to even.
+    qkv [T, (H + 2 KV) D], positions [T] int64, cos_sin [max position, R] fp32 (cosines then sines of the first R <= D
+    elements of a head, of which i turns with i + R/2; None: no rotation), slot_mapping [T] int64 (block * block_size +
+    offset) -> q [T, H, D]. With scales [blocks, KV, block_size] fp32 the cache is int8: scale = max |x| / 127 of a key
+    or value of one head, elements round(x / scale), ties to even.
     """
     return _rotate_and_cache(  # type: ignore[no-any-return]
         qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, key_scales, value_scales
@@ -180,6 +203,8 @@ def paged_attention(
     q_sink: Tensor | None = None,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over the paged cache; the last query of a request is at position ``seq_lens`` - 1.
 
@@ -190,6 +215,9 @@ def paged_attention(
     before them the first ``num_sinks`` (all keys, while p < num_sinks + window). The sinks that the window has left
     behind are scored with ``q_sink`` [T, H, D] instead of q, if it is given. Blocks that no query of a request sees are
     not read: they may be another's by now.
+
+    With a softcap a scaled score s becomes softcap * tanh(s / softcap). (Gemma 2) ``sink_logits`` [H] fp32 take part in
+    the softmax beside the scores and have no value. (GPT-OSS; Xiao et al. 2023, section 3.3)
     """
     return _paged_attention(  # type: ignore[no-any-return]
         q,
@@ -204,20 +232,27 @@ def paged_attention(
         q_sink,
         key_scales,
         value_scales,
+        softcap,
+        sink_logits,
     )
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """x [T, I] -> act(x); kind: silu, gelu, gelu_tanh or relu."""
+    """x [T, I] -> act(x); kind: silu, gelu, gelu_tanh, relu or relu2 (its square)."""
     return _activation(x, kind)  # type: ignore[no-any-return]
 
 
 def gated_activation(x: Tensor, kind: str) -> Tensor:
-    """x [T, 2 I] -> act(x[:, :I]) * x[:, I:]."""
+    """x [T, 2 I] -> act(x[:, :I]) * x[:, I:].
+
+    Here kind may also be swiglu_oai (GPT-OSS): g sigmoid(1.702 g) (u + 1), with gate g <= 7 and -7 <= up u <= 7.
+    """
     return _gated_activation(x, kind)  # type: ignore[no-any-return]
 
 
 register("cpu", native if native.is_available() else reference)
+if torch.backends.mps.is_available():
+    register("mps", reference)
 if torch.cuda.is_available():  # only then: varlen_attn brings torch's compiler along, two seconds of start-up
     from tokenrelay.model.transformer.kernels import cuda
 

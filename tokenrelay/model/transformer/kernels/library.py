@@ -11,6 +11,9 @@ from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 class KVCache(ctypes.Structure):
     """One layer's K and V; ``type`` is an index of ``enum CacheType``."""
@@ -88,6 +91,15 @@ class Forward(ctypes.Structure):
         *((name, c_int64) for name in ("max_blocks", "activation", "gated", "centered_norms")),
         ("eps", c_float),
     ]
+
+
+def address(x: Tensor | None, dtype: torch.dtype) -> int | None:
+    """Of a tensor that the caller owes us dense and of this dtype; None for one that is left out."""
+    if x is None:
+        return None
+    if x.dtype is not dtype or not x.is_contiguous():
+        raise TypeError(f"expected a contiguous {dtype} tensor, got {x.dtype} with strides {x.stride()}")
+    return x.data_ptr()
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:

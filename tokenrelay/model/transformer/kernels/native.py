@@ -14,13 +14,13 @@ from torch import Tensor
 
 from tokenrelay.model.quantized import GROUP
 from tokenrelay.model.transformer.kernels import library, reference
+from tokenrelay.model.transformer.kernels.native_attention import paged_attention, rotate_and_cache
+
+__all__ = ["paged_attention", "rotate_and_cache"]  # the operations that have a file of their own
 
 ISA_NAMES = ("portable", "avx2", "avx512")
 ACTIVATION_KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-MAX_HEAD_DIM = 256
-KEYS_PER_VECTOR = 16
 STORED = (torch.bfloat16, torch.float32)
-CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 def is_available() -> bool:
@@ -98,10 +98,10 @@ def quantized_linear(
     library.quantized_linear(
         library.QuantizedLinear(
             x.data_ptr(),
-            address(panels, torch.uint8),
-            address(scales, torch.float16),
-            address(minima, torch.float16),
-            address(bias, torch.float32),
+            library.address(panels, torch.uint8),
+            library.address(scales, torch.float16),
+            library.address(minima, torch.float16),
+            library.address(bias, torch.float32),
             out.data_ptr(),
             scratch.data_ptr(),
             rows,
@@ -159,123 +159,9 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | N
     return _norm(library.layer_norm, x, residual, weight, bias, eps)
 
 
-def address(x: Tensor | None, dtype: torch.dtype) -> int | None:
-    """Of a tensor that the caller owes us dense and of this dtype; None for one that is left out."""
-    if x is None:
-        return None
-    if x.dtype is not dtype or not x.is_contiguous():
-        raise TypeError(f"expected a contiguous {dtype} tensor, got {x.dtype} with strides {x.stride()}")
-    return x.data_ptr()
-
-
-def describe_cache(
-    k_cache: Tensor, v_cache: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None
-) -> library.KVCache | None:
-    """The cache as the kernels see it; None if they do not cover it."""
-    _, num_kv_heads, head_dim, block_size = k_cache.shape
-    dtype = k_cache.dtype
-    covered = head_dim <= MAX_HEAD_DIM and block_size % KEYS_PER_VECTOR == 0 and dtype in CACHE_TYPES
-    if not covered:
-        return None
-    return library.KVCache(
-        _address_of_blocks(k_cache, dtype),
-        _address_of_blocks(v_cache, dtype),
-        address(key_scales, torch.float32),
-        address(value_scales, torch.float32),
-        k_cache.stride(0),
-        v_cache.stride(0),
-        num_kv_heads,
-        head_dim,
-        block_size,
-        CACHE_TYPES[dtype],
-    )
-
-
-def _address_of_blocks(cache: Tensor, dtype: torch.dtype) -> int:
-    """Each block must be dense; something else may lie between them."""
-    address(cache[0], dtype)
-    return cache.data_ptr()
-
-
-def rotate_and_cache(
-    qkv: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> Tensor:
-    qkv = qkv.contiguous()
-    cache = describe_cache(k_cache, v_cache, key_scales, value_scales)
-    if cache is None or qkv.dtype is not torch.float32:
-        return reference.rotate_and_cache(
-            qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, key_scales, value_scales
-        )
-    q = qkv.new_empty((qkv.shape[0], num_heads, cache.head_dim))
-    library.rotate_and_cache(
-        library.RotateParams(
-            cache,
-            qkv.data_ptr(),
-            address(positions, torch.int64),
-            address(cos_sin, torch.float32),
-            address(slot_mapping, torch.int64),
-            q.data_ptr(),
-            qkv.shape[0],
-            num_heads,
-        )
-    )
-    return q
-
-
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    window: int = 0,
-    num_sinks: int = 0,
-    q_sink: Tensor | None = None,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> Tensor:
-    q = q.contiguous()
-    cache = describe_cache(k_cache, v_cache, key_scales, value_scales)
-    if cache is None or q.dtype is not torch.float32:
-        return reference.paged_attention(
-            *(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale),
-            *(window, num_sinks, q_sink, key_scales, value_scales),
-        )
-    rows, num_heads, head_dim = q.shape
-    out = q.new_empty((rows, num_heads * head_dim))
-    library.paged_attention(
-        library.AttentionParams(
-            cache,
-            q.data_ptr(),
-            address(q_sink, torch.float32),
-            address(block_tables, torch.int32),
-            address(query_start_loc, torch.int32),
-            address(seq_lens, torch.int32),
-            out.data_ptr(),
-            *block_tables.shape,
-            num_heads,
-            window,
-            num_sinks,
-            scale,
-        )
-    )
-    return out
-
-
 def activation(x: Tensor, kind: str) -> Tensor:
     x = x.contiguous()
-    if x.dtype is not torch.float32:
+    if x.dtype is not torch.float32 or kind not in ACTIVATION_KINDS:
         return reference.activation(x, kind)
     out = torch.empty_like(x)
     library.activation(x.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], ACTIVATION_KINDS[kind], False)
@@ -284,7 +170,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
 def gated_activation(x: Tensor, kind: str) -> Tensor:
     x = x.contiguous()
-    if x.dtype is not torch.float32:
+    if x.dtype is not torch.float32 or kind not in ACTIVATION_KINDS:
         return reference.gated_activation(x, kind)
     rows, columns = x.shape[0], x.shape[1] // 2
     out = x.new_empty((rows, columns))

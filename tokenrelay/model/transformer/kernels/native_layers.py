@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenrelay.model.transformer.attention import AttentionMetadata
-from tokenrelay.model.transformer.kernels import library, native
+from tokenrelay.model.transformer.kernels import library, native, native_attention
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, QuantizedLinear
 from tokenrelay.model.transformer.kv_cache import LayerCache
 from tokenrelay.model.transformer.transformer import DecoderLayer, Transformer
@@ -16,7 +16,7 @@ from tokenrelay.model.transformer.transformer import DecoderLayer, Transformer
 
 def replace_layers(model: Transformer) -> None:
     """Let ``model`` run its layers natively; its linears must be packed already."""
-    if model.config.head_dim <= native.MAX_HEAD_DIM:
+    if model.config.head_dim <= native_attention.MAX_HEAD_DIM:
         model.run_layers = NativeLayers(model)  # type: ignore[method-assign]
 
 
@@ -55,17 +55,18 @@ class NativeLayers:
         scratch = x.new_empty(rows * self._scratch, dtype=torch.uint8)
         sinks = metadata.sink_positions
         nowhere = None if sinks is None else torch.full_like(metadata.slot_mapping, -1)
+        indices = positions, sinks, metadata.slot_mapping, nowhere
         tables = metadata.block_tables, metadata.query_start_loc, metadata.seq_lens
         library.forward(
             library.Forward(
                 self._layers,
                 self._final_norm,
-                *(native.address(tensor, torch.float32) for tensor in (x, residual, normed, wide, narrow, q[0])),
+                *(library.address(tensor, torch.float32) for tensor in (x, residual, normed, wide, narrow, q[0])),
                 None if sinks is None else q[1].data_ptr(),
                 scratch.data_ptr(),
-                native.address(rotary, torch.float32),
-                *(native.address(tensor, torch.int64) for tensor in (positions, sinks, metadata.slot_mapping, nowhere)),
-                *(native.address(tensor, torch.int32) for tensor in tables),
+                library.address(rotary, torch.float32),
+                *(library.address(tensor, torch.int64) for tensor in indices),
+                *(library.address(tensor, torch.int32) for tensor in tables),
                 config.num_layers,
                 rows,
                 config.hidden_size,
@@ -80,7 +81,7 @@ class NativeLayers:
         return normed
 
     def _bind(self, kv_cache: Sequence[LayerCache]) -> None:
-        described = [native.describe_cache(*cache) for cache in kv_cache]
+        described = [native_attention.describe_cache(*cache) for cache in kv_cache]
         self._is_covered = all(described)
         for layer, cache in zip(self._layers, described, strict=True):
             layer.cache = cache or library.KVCache()
@@ -102,14 +103,14 @@ def _layer(module: nn.Module) -> library.Layer:
 
 
 def _norm(module: nn.Module) -> library.Norm:
-    return library.Norm(*(native.address(getattr(module, name, None), torch.float32) for name in ("weight", "bias")))
+    return library.Norm(*(library.address(getattr(module, name, None), torch.float32) for name in ("weight", "bias")))
 
 
 def _matrix(linear: nn.Module) -> library.Matrix:
     assert isinstance(linear, PackedLinear | QuantizedLinear)
-    bias = native.address(linear.bias, torch.float32)
+    bias = library.address(linear.bias, torch.float32)
     sizes = linear.in_features, linear.out_features
     if isinstance(linear, PackedLinear):
         return library.Matrix(linear.weight.data_ptr(), None, None, bias, *sizes, 8 * linear.weight.itemsize)
-    minima = native.address(linear.minima, torch.float16)
+    minima = library.address(linear.minima, torch.float16)
     return library.Matrix(linear.panels.data_ptr(), linear.scales.data_ptr(), minima, bias, *sizes, 4 if minima else 8)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenrelay.model.quantized import GROUP
 
+BLOCK_SIZE = 16  # keys of a vector
 PANEL_WIDTH = 16
 LARGEST_INPUT = 127 * 256
 OUTLIER = 36  # largest element squared, over the row's mean square
@@ -25,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
@@ -124,13 +126,23 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | N
     return layer_norm(residual.add_(x), weight, bias, eps)
 
 
+def head_norm(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_heads: int, num_kv_heads: int, eps: float) -> None:
+    head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+    q, k, _ = torch.split(qkv, [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim], dim=1)
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        heads = x.view(len(x), -1, len(weight))  # or all of them as one
+        heads.copy_(rms_norm(heads, weight, eps))
+
+
 def rotate(x: Tensor, positions: Tensor, cos_sin: Tensor | None) -> Tensor:
-    """NeoX rotation of x[T, heads, D]: element i turns with element i + D/2."""
+    """NeoX rotation of x[T, heads, D] by cos_sin[positions, R]: of the first R elements i turns with i + R/2."""
     if cos_sin is None:
         return x
-    cosine, sine = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2] each
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+    turning, still = torch.split(x, [cos_sin.shape[1], x.shape[-1] - cos_sin.shape[1]], dim=-1)
+    cosine, sine = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)  # [T, 1, R/2] each
+    first, second = turning.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+    return torch.cat((turned, still), dim=-1)
 
 
 def split_and_rotate(
@@ -188,6 +200,8 @@ def paged_attention(
     q_sink: Tensor | None = None,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     (num_tokens, num_heads, head_dim), block_size = q.shape, k_cache.shape[3]
     group = num_heads // k_cache.shape[1]
@@ -204,9 +218,21 @@ def paged_attention(
         scores = q[rows].transpose(0, 1) @ k.transpose(1, 2)  # [H, queries, keys]
         if q_sink is not None:
             scores = scores.where(~as_sink[:, key], q_sink[rows].transpose(0, 1) @ k.transpose(1, 2))
-        weights = (scores * scale).masked_fill(~seen[:, key], float("-inf")).softmax(-1)
-        out[rows] = (weights @ v).transpose(0, 1)
+        scores = _capped(scores * scale, softcap).masked_fill(~seen[:, key], float("-inf"))
+        out[rows] = (_softmax(scores, sink_logits) @ v).transpose(0, 1)
     return out.view(num_tokens, num_heads * head_dim)
+
+
+def _capped(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * (scores / softcap).tanh() if softcap else scores
+
+
+def _softmax(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """Over the keys, [H, queries, keys]; a head's sink takes its share and is left out."""
+    if sink_logits is None:
+        return scores.softmax(-1)
+    sinks = sink_logits.to(scores.dtype).view(-1, 1, 1).expand(-1, scores.shape[1], 1)
+    return torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
 
 
 def visible_keys(queries: Tensor, window: int, num_sinks: int) -> tuple[Tensor, Tensor]:
@@ -232,4 +258,9 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
 def gated_activation(x: Tensor, kind: str) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
-    return ACTIVATIONS[kind](gate) * up
+    return _swiglu_oai(gate, up) if kind == "swiglu_oai" else ACTIVATIONS[kind](gate) * up
+
+
+def _swiglu_oai(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)

@@ -1,0 +1,120 @@
+"""The CPU operations that read or write the KV cache, through the native library; promises as in ``native``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenrelay.model.transformer.kernels import library, reference
+
+MAX_HEAD_DIM = 256
+KEYS_PER_VECTOR = 16
+CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+def describe_cache(
+    k_cache: Tensor, v_cache: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None
+) -> library.KVCache | None:
+    """The cache as the kernels see it; None if they do not cover it."""
+    _, num_kv_heads, head_dim, block_size = k_cache.shape
+    dtype = k_cache.dtype
+    covered = head_dim <= MAX_HEAD_DIM and block_size % KEYS_PER_VECTOR == 0 and dtype in CACHE_TYPES
+    if not covered:
+        return None
+    return library.KVCache(
+        _address_of_blocks(k_cache, dtype),
+        _address_of_blocks(v_cache, dtype),
+        library.address(key_scales, torch.float32),
+        library.address(value_scales, torch.float32),
+        k_cache.stride(0),
+        v_cache.stride(0),
+        num_kv_heads,
+        head_dim,
+        block_size,
+        CACHE_TYPES[dtype],
+    )
+
+
+def _address_of_blocks(cache: Tensor, dtype: torch.dtype) -> int:
+    """Each block must be dense; something else may lie between them."""
+    library.address(cache[0], dtype)
+    return cache.data_ptr()
+
+
+def rotate_and_cache(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:
+    qkv = qkv.contiguous()
+    cache = describe_cache(k_cache, v_cache, key_scales, value_scales)
+    partial = cos_sin is not None and cos_sin.shape[1] < k_cache.shape[2]
+    if cache is None or qkv.dtype is not torch.float32 or partial:
+        return reference.rotate_and_cache(
+            qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, key_scales, value_scales
+        )
+    q = qkv.new_empty((qkv.shape[0], num_heads, cache.head_dim))
+    library.rotate_and_cache(
+        library.RotateParams(
+            cache,
+            qkv.data_ptr(),
+            library.address(positions, torch.int64),
+            library.address(cos_sin, torch.float32),
+            library.address(slot_mapping, torch.int64),
+            q.data_ptr(),
+            qkv.shape[0],
+            num_heads,
+        )
+    )
+    return q
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    window: int = 0,
+    num_sinks: int = 0,
+    q_sink: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    q = q.contiguous()
+    cache = describe_cache(k_cache, v_cache, key_scales, value_scales)
+    if cache is None or q.dtype is not torch.float32 or softcap or sink_logits is not None:
+        return reference.paged_attention(
+            *(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale),
+            *(window, num_sinks, q_sink, key_scales, value_scales, softcap, sink_logits),
+        )
+    rows, num_heads, head_dim = q.shape
+    out = q.new_empty((rows, num_heads * head_dim))
+    library.paged_attention(
+        library.AttentionParams(
+            cache,
+            q.data_ptr(),
+            library.address(q_sink, torch.float32),
+            library.address(block_tables, torch.int32),
+            library.address(query_start_loc, torch.int32),
+            library.address(seq_lens, torch.int32),
+            out.data_ptr(),
+            *block_tables.shape,
+            num_heads,
+            window,
+            num_sinks,
+            scale,
+        )
+    )
+    return out
