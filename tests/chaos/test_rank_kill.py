@@ -37,7 +37,7 @@ def are_gone(processes: Sequence[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
-@pytest.mark.parametrize("victim", [1, 0], ids=["follower", "leader"])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.long)], ids=["follower", "leader"])
 def test_the_death_of_one_rank_ends_both_and_no_stream(
     service: RunningService, undisturbed: list[Recording], victim: int
 ) -> None:

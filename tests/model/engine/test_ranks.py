@@ -91,8 +91,8 @@ def divided(checkpoint: SafetensorsCheckpoint, rendezvous: Path, size: int = 2, 
     assert followers.ended == [RankLost] * (size - 1)
 
 
-def requests(name: str, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[Request]:
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+def requests(name: str, prompts: Sequence[Sequence[int]] = PROMPTS, max_tokens: int = NUM_TOKENS) -> list[Request]:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
     return [Request(f"{name} {i}", tuple(prompt), params) for i, prompt in enumerate(prompts)]
 
 
@@ -130,7 +130,7 @@ def test_matrices_of_8_bits_are_divided_as_well(checkpoint: SafetensorsCheckpoin
 def scores(engine: Engine, prompt: Sequence[int], beside: Sequence[Sequence[int]] = ()) -> list[float]:
     """Log-probabilities of the prompt's tokens, alone or in a batch."""
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    for request in [Request("scored", tuple(prompt), params), *requests("beside", beside)]:
+    for request in [Request("scored", tuple(prompt), params), *requests("beside", beside, 2)]:
         engine.add(request)
     found: list[float] = []
     while engine.has_work:
