@@ -1,8 +1,9 @@
-"""A worker of two ranks, of which one is killed: the worker ends with it, and its streams go on at the next."""
+"""A worker of two processes: it writes what one would; when one is killed both end, and streams go on at the next."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,14 +11,18 @@ import psutil
 import pytest
 
 from tests.chaos.streams import Recording, have_begun, mixed_requests, read_all, read_all_while
+from tests.model.generation import generate
 from tests.service.running import RunningService, wait_until
+from tokenrelay.model.engine.engine import Engine
+from tokenrelay.model.engine.request import Request
+from tokenrelay.model.sampling_params import SamplingParams
 
 REQUESTS = mixed_requests(4, 80)
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any]) -> Iterator[RunningService]:
-    with RunningService(tmp_path_factory.mktemp("ranks"), tensor_parallel_size=2, **tiny) as running:
+    with RunningService(tmp_path_factory.mktemp("ranks"), tensor_parallel_size=2, dtype="float32", **tiny) as running:
         yield running
 
 
@@ -35,6 +40,17 @@ def ranks(service: RunningService) -> list[psutil.Process]:
 
 def are_gone(processes: Sequence[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def test_two_processes_write_what_one_writes(service: RunningService, tiny_model: Path) -> None:
+    prompts = [tuple(range(40, 40 + length)) for length in (3, 17, 90, 300)]
+    params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
+    whole = Engine.from_model(str(tiny_model), dtype="float32", device="cpu")
+    expected = generate(whole, [Request(f"{len(prompt)}", prompt, params) for prompt in prompts])
+    bodies = [{"prompt": prompt, "max_tokens": 64, "temperature": 0} for prompt in prompts]
+    with httpx.Client(base_url=service.url, timeout=60) as http:
+        found = read_all(http, bodies)
+    assert [recording.choices[0].token_ids for recording in found] == list(expected.values())
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.long)], ids=["follower", "leader"])

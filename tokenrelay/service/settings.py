@@ -73,9 +73,7 @@ class Settings(BaseSettings):
     )
     num_threads: int = Field(0, ge=0, description="Compute threads on a CPU; 0: one per core this process may use.")
     tensor_parallel_size: int = Field(
-        1,
-        ge=1,
-        description="Processes, one GPU each or a share of the cores, that divide a worker's network; 1: no division.",
+        1, ge=1, description="Processes that share a worker's network: a GPU each, or a part of the cores."
     )
     kv_cache_dtype: Literal["auto", "int8"] = Field(
         "auto", description="Type of the KV cache: int8, or auto: as dtype, bfloat16 for weights of few bits."

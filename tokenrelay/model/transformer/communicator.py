@@ -78,7 +78,9 @@ class Communicator:
 
 
 def device_of_rank(name: str, rank: int) -> torch.device:
-    """Each rank has a GPU of its own; ``auto``: if there are any."""
+    """Each rank has a GPU of its own; ``auto``: if there are any. Raises ValueError for other devices."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"tensor_parallel_size divides networks on cpu and cuda, not on {name}; set it to 1")
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", rank)
     return torch.device("cpu")
@@ -99,6 +101,7 @@ def _nccl(store: Any, rank: int, size: int, device: torch.device) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = CONNECT_TIMEOUT
     group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
+    torch.cuda.set_device(device)
     group.eager_connect_single_device(device)
     return group
 

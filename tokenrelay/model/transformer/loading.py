@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,16 @@ from tokenrelay.model.weights.layouts import LAYOUTS
 
 class WeightsError(ValueError):
     """The checkpoint's tensors do not fit its configuration; the message names them."""
+
+
+class _Placed(NamedTuple):
+    """A tensor, and where it goes."""
+
+    name: str  # the checkpoint's
+    target: str  # ours
+    shard: str
+    layout: str
+    tensor: Tensor | Quantized
 
 
 def load_transformer(
@@ -58,15 +69,15 @@ def load_transformer(
     """
     if attention_sinks and device.type != "cpu":
         raise ValueError(f"attention_sinks is not supported on {device.type}; set it to 0")
+    placed = _placed(tensors, rules)
     if ranks:
         share = Share(config, ranks.rank, ranks.size)
-        tensors, rules = _parts(tensors, rules, share), [rule._replace(layout="") for rule in rules]
-        config = share.own_config
+        placed, config = _parts(placed, share), share.own_config
     model = _empty(config, max_model_len, attention_sinks, dtype, device)
     if ranks and ranks.rank:
         model.lm_head = nn.Identity()  # type: ignore[assignment] # only the leader samples
     packs = device.type == "cpu" and native.is_available()
-    quantized = _fill(model, tensors, rules, keep_quantized=packs)
+    quantized = _fill(model, placed, keep_quantized=packs)
     if packs:
         replace_linears(model, quantized, in_8_bits)
     if ranks:
@@ -76,18 +87,21 @@ def load_transformer(
     return model.requires_grad_(False).eval()
 
 
-def _parts(
-    tensors: Iterable[tuple[str, Tensor | Quantized]], rules: Sequence[Rule], share: Share
-) -> Iterator[tuple[str, Tensor | Quantized]]:
-    """A rank's part of each tensor, already laid out as ours."""
+def _placed(tensors: Iterable[tuple[str, Tensor | Quantized]], rules: Sequence[Rule]) -> Iterator[_Placed]:
     for name, tensor in tensors:
-        target, shard, layout = _place(name, rules)
-        if layout:
+        yield _Placed(name, *_place(name, rules), tensor)
+
+
+def _parts(placed: Iterable[_Placed], share: Share) -> Iterator[_Placed]:
+    """A rank's part of each tensor, already laid out as ours."""
+    for whole in placed:
+        tensor = whole.tensor
+        if whole.layout:
             values = tensor.dequantized() if isinstance(tensor, Quantized) else tensor
-            tensor = LAYOUTS[layout](values, share.config)
-        part = share.part(target, shard, tensor)
+            tensor = LAYOUTS[whole.layout](values, share.config)
+        part = share.part(whole.target, whole.shard, tensor)
         if part is not None:
-            yield name, part
+            yield whole._replace(layout="", tensor=part)
 
 
 def _empty(
@@ -131,12 +145,7 @@ def _keep_in_fp32(model: nn.Module, *, with_linears: bool) -> None:
             module.float()
 
 
-def _fill(
-    model: Transformer,
-    tensors: Iterable[tuple[str, Tensor | Quantized]],
-    rules: Sequence[Rule],
-    keep_quantized: bool,
-) -> dict[str, Quantized]:
+def _fill(model: Transformer, placed: Iterable[_Placed], keep_quantized: bool) -> dict[str, Quantized]:
     """Copy every tensor to its place, and count rows so that a hole is noticed.
 
     Returns the matrices that stay quantized, by name. Their parameters are memory that was never touched.
@@ -145,8 +154,7 @@ def _fill(
     parameters = dict(model.named_parameters())  # a tied head is listed once, as the embedding
     unfilled = {name: parameter.shape[0] for name, parameter in parameters.items()}
     kept: dict[str, dict[int, Quantized]] = defaultdict(dict)  # by name, and by the row at which each begins
-    for name, tensor in tensors:
-        target, shard, layout = _place(name, rules)
+    for name, target, shard, layout, tensor in placed:
         if not target or (config.tie_word_embeddings and target == "lm_head.weight"):
             continue
         if target not in parameters:
