@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import socket
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -53,8 +54,8 @@ _HTTP = (
     *("api_keys_file", "metrics_need_key", "metrics_tenants", "cors_origins", "log_prompts"),
 )
 _ENGINE = (
-    *("worker_metrics_port", "device", "dtype", "num_threads", "kv_cache_mb", "kv_cache_dtype"),
-    *("gpu_memory_utilization", "enforce_eager"),
+    *("worker_metrics_port", "device", "dtype", "num_threads", "tensor_parallel_size", "kv_cache_mb"),
+    *("kv_cache_dtype", "gpu_memory_utilization", "enforce_eager"),
     *("max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decodes"),
     *("num_speculative_tokens", "enable_prefix_caching", "max_loras", "watchdog_seconds", "workers"),
 )
@@ -107,15 +108,21 @@ def worker(
     worker_id: Annotated[str, typer.Option(help="What the broker calls it; unique for ever.", hidden=True)] = "",
     metrics_fd: Inherited = -1,
     ready_fd: Inherited = -1,
+    rank: Annotated[int, typer.Option(help="Of a worker's network, the share to compute.", hidden=True)] = 0,
+    rendezvous: Annotated[Path, typer.Option(help="The file where its ranks meet.", hidden=True)] = Path(),
 ) -> None:
     """Run one model worker against `--redis-url`: one per GPU, or one per machine on CPUs."""
     _require_broker(settings)
-    logs.configure(settings.log_level, "worker")
+    logs.configure(settings.log_level, f"rank-{rank}" if rank else "worker")
     gc.disable()  # until it is ready: what it imports and loads stays
+    from tokenrelay.service.worker.follower import run_follower
     from tokenrelay.service.worker.main import run_worker
 
-    role = Role(worker_id or new_worker_id(), spare)
-    run_worker(settings, role, metrics_socket=_inherited(metrics_fd), ready_fd=ready_fd)
+    if rank:
+        run_follower(settings, rank, rendezvous)
+    else:
+        role = Role(worker_id or new_worker_id(), spare)
+        run_worker(settings, role, metrics_socket=_inherited(metrics_fd), ready_fd=ready_fd)
 
 
 @app.command("pull")

@@ -85,6 +85,9 @@ class Settings(BaseSettings):
         ),
     )
     num_threads: int = Field(0, ge=0, description="Compute threads on a CPU; 0: one per core this process may use.")
+    tensor_parallel_size: int = Field(
+        1, ge=1, description="Processes that share a worker's network: a GPU each, or a part of the cores."
+    )
     kv_cache_dtype: Literal["auto", "int8"] = Field(
         "auto", description="Type of the KV cache: int8, or auto: as dtype, bfloat16 for weights of few bits."
     )
@@ -217,6 +220,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"worker_metrics_port ({self.worker_metrics_port}) leaves no ports for workers ({self.workers}) "
                 f"and spare_workers ({self.spare_workers}), which take the next ones up to {LAST_PORT}"
+            )
+        if self.tensor_parallel_size > 1 and (self.lora_modules or self.allow_lora_loading):
+            raise ValueError(
+                f"adapters (lora_modules, allow_lora_loading) need a worker of one process; "
+                f"tensor_parallel_size is {self.tensor_parallel_size}: set it to 1"
             )
         return self
 

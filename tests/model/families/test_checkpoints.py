@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.model.families.networks import TINY
 from tests.model.families.running import CPU, load, logits
-from tokenrelay.model.transformer.loading import WeightsError, load_transformer
+from tokenrelay.model.transformer.loading import load_transformer
+from tokenrelay.model.transformer.placing import WeightsError
 from tokenrelay.model.transformer.transformer import Transformer
 from tokenrelay.model.weights.safetensors import SafetensorsCheckpoint
 

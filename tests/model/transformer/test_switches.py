@@ -18,8 +18,9 @@ from tokenrelay.model.config import Experts, ModelConfig
 from tokenrelay.model.families import Rule
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.native_layers import NativeLayers
-from tokenrelay.model.transformer.loading import WeightsError, load_transformer
+from tokenrelay.model.transformer.loading import load_transformer
 from tokenrelay.model.transformer.moe import MixtureOfExperts
+from tokenrelay.model.transformer.placing import WeightsError
 from tokenrelay.model.transformer.sinusoids import sinusoidal_table
 from tokenrelay.model.transformer.transformer import Transformer
 

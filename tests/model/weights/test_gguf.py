@@ -22,7 +22,8 @@ from tests.model.weights.networks import LONGROPE, tiny_gpt2, tiny_llama, with_m
 from tokenrelay.model.config import UnsupportedModelError
 from tokenrelay.model.families import read_hf_config
 from tokenrelay.model.quantized import Quantized
-from tokenrelay.model.transformer.loading import WeightsError, load_transformer
+from tokenrelay.model.transformer.loading import load_transformer
+from tokenrelay.model.transformer.placing import WeightsError
 from tokenrelay.model.transformer.transformer import Transformer
 from tokenrelay.model.weights.checkpoint import open_checkpoint
 from tokenrelay.model.weights.config_reader import read_model_config

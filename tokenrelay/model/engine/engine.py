@@ -14,14 +14,17 @@ from tokenrelay.model.engine.adapter_loading import load_adapter
 from tokenrelay.model.engine.block_tables import Window
 from tokenrelay.model.engine.devices import check_device, fitting_blocks, make_executor
 from tokenrelay.model.engine.model_runner import ModelRunner
+from tokenrelay.model.engine.ranks import LeadingExecutor
 from tokenrelay.model.engine.request import Request
 from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.engine.scheduler import Scheduler
 from tokenrelay.model.engine.step import StepOutput
 from tokenrelay.model.transformer import kernels
+from tokenrelay.model.transformer.communicator import Communicator
 from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_block
 from tokenrelay.model.transformer.loading import load_transformer
 from tokenrelay.model.transformer.lora import Adapter
+from tokenrelay.model.transformer.tensor_parallel import Share
 from tokenrelay.model.transformer.transformer import Transformer
 from tokenrelay.model.weights import resolve
 from tokenrelay.model.weights.checkpoint import Checkpoint, open_checkpoint
@@ -51,6 +54,7 @@ class Engine:
         dtype: DType | Literal["auto"] = "auto",
         device: str = "auto",
         cache_dir: Path | None = None,
+        ranks: Communicator | None = None,
     ) -> Engine:
         """From a short name, a GGUF file, a folder or a hub id, fetched if it is not here.
 
@@ -68,9 +72,10 @@ class Engine:
             open_checkpoint(source),
             config or EngineConfig(),
             dtype=torch.bfloat16 if dtype in ("auto", "int8") else getattr(torch, dtype),
-            device=torch.device(device),
+            device=ranks.device if ranks else torch.device(device),
             keep_quantized=device == "cpu" and dtype in ("auto", "int8"),
             in_8_bits=dtype == "int8",
+            ranks=ranks,
         )
 
     @classmethod
@@ -83,14 +88,21 @@ class Engine:
         device: torch.device,
         keep_quantized: bool = False,
         in_8_bits: bool = False,
+        ranks: Communicator | None = None,
     ) -> Engine:
-        """Load the network and allocate its KV cache. Raises the checkpoint's and the loader's ValueErrors."""
+        """Load the network and allocate its KV cache. With ``ranks``, this rank's share of both.
+
+        The leader's engine leads; of the others' only the executor is used. (``engine.ranks.follow``) Raises the
+        checkpoint's and the loader's ValueErrors.
+        """
         model_config = checkpoint.config()
+        own_config = Share(model_config, ranks.rank, ranks.size).own_config if ranks else model_config
+        config = replace(config, enforce_eager=config.enforce_eager or ranks is not None)
         config = replace(config, block_size=kernels.block_size(device, config.block_size))
         cache_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
         longest = model_config.max_position_embeddings
         context = min(longest, config.max_model_len or longest)
-        block_bytes = bytes_per_block(model_config, config.block_size, cache_dtype)
+        block_bytes = bytes_per_block(own_config, config.block_size, cache_dtype)
         num_blocks = _planned_blocks(config, block_bytes, device)
         if num_blocks is not None:
             _check_room(config, context, num_blocks)
@@ -103,14 +115,20 @@ class Engine:
             dtype=dtype,
             device=device,
             in_8_bits=in_8_bits,
+            ranks=ranks,
         )
         window = _window(model_config, config, context)
         make_runner = partial(_make_runner, model, window, context, cache_dtype, device)
         if num_blocks is None:
-            num_blocks = fitting_blocks(make_runner, config, model_config, context, block_bytes, device)
+            num_blocks = fitting_blocks(make_runner, config, own_config, context, block_bytes, device)
+        if ranks:
+            num_blocks = ranks.smallest(num_blocks)
         max_model_len = MAX_STREAMING_LEN if config.attention_sinks else min(context, num_blocks * config.block_size)
         scheduler = Scheduler(config, num_blocks, max_model_len, model_config.eos_token_ids, window)
-        return cls(scheduler, make_runner(num_blocks, config), max_model_len)
+        runner = make_runner(num_blocks, config)
+        if ranks and ranks.rank == 0:
+            runner.executor = LeadingExecutor(runner.executor, ranks)
+        return cls(scheduler, runner, max_model_len)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -176,7 +194,7 @@ def _make_runner(
     kv_cache = allocate_kv_cache(model.config, num_blocks, config.block_size, cache_dtype, device)
     executor = make_executor(model, kv_cache, device, config, max_blocks=-(-context // config.block_size))
     sampler = Sampler(model.config.eos_token_ids)
-    return ModelRunner(model, kv_cache, sampler, executor, block_size=config.block_size, window=window)
+    return ModelRunner(model, sampler, executor, block_size=config.block_size, window=window)
 
 
 def _planned_blocks(config: EngineConfig, bytes_per_block: int, device: torch.device) -> int | None:

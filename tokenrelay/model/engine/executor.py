@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenrelay.model.transformer.attention import AttentionMetadata
-from tokenrelay.model.transformer.kv_cache import LayerCache
+from tokenrelay.model.transformer.kv_cache import LayerCache, copy_blocks
 from tokenrelay.model.transformer.transfer import to_device
 from tokenrelay.model.transformer.transformer import Transformer
 
@@ -67,6 +67,9 @@ class StepTensors(NamedTuple):
 class Executor(Protocol):
     """Runs the network over a step's tokens."""
 
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Of the KV cache, (from, to) each; comes before the step's ``forward``."""
+
     def forward(self, inputs: StepInputs, *, capturable: bool = True) -> Tensor:
         """Hidden states [T, C], until the next call. ``capturable``: the network does what it always does."""
 
@@ -81,6 +84,10 @@ class EagerExecutor:
         self.device = device
         self._model = model
         self._kv_cache = kv_cache
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """In every layer."""
+        copy_blocks(self._kv_cache, pairs)
 
     def forward(self, inputs: StepInputs, *, capturable: bool = True) -> Tensor:
         """Whatever the step is."""

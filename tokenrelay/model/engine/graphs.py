@@ -7,7 +7,7 @@ and its inputs are copied to where the graph reads them. Everything else (prompt
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +67,10 @@ class GraphExecutor:
         self._sizes = batch_sizes(max_num_seqs)
         bar = track(self._sizes[::-1], "capturing CUDA graphs", console=Console(stderr=True), disable=not progress)
         self._graphs = {size: self._capture(size, capture) for size in bar}
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """As the eager executor."""
+        self._eager.copy_blocks(pairs)
 
     def forward(self, inputs: StepInputs, *, capturable: bool = True) -> Tensor:
         """A replay if the step is a decode step of a size that was captured."""

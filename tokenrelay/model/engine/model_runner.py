@@ -15,7 +15,6 @@ from tokenrelay.model.engine.pooling import pool
 from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.engine.step import Sampled, ScheduledRequest, SchedulerOutput
 from tokenrelay.model.sampling_params import TokenLogprobs
-from tokenrelay.model.transformer.kv_cache import LayerCache, copy_blocks
 from tokenrelay.model.transformer.lora import Adapters
 from tokenrelay.model.transformer.transfer import to_device
 from tokenrelay.model.transformer.transformer import Transformer
@@ -24,12 +23,11 @@ LOGITS_AT_ONCE = 64  # rows: a prompt's logits would be a large matrix
 
 
 class ModelRunner:
-    """Holds the network and its cache; knows nothing of queues or budgets, and of the device what ``executor`` says."""
+    """Holds the network; knows nothing of queues or budgets, and of the device what ``executor`` says."""
 
     def __init__(
         self,
         model: Transformer,
-        kv_cache: Sequence[LayerCache],
         sampler: Sampler,
         executor: Executor,
         *,
@@ -38,9 +36,8 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.adapters = Adapters(model)
-        self._kv_cache = kv_cache
         self._sampler = sampler
-        self._executor = executor
+        self.executor = executor
         self._block_size = block_size
         self._window = window or Window()
 
@@ -48,10 +45,10 @@ class ModelRunner:
     def execute(self, output: SchedulerOutput) -> list[Sampled]:
         """One forward pass over all scheduled tokens and drafts."""
         if output.block_copies:
-            copy_blocks(self._kv_cache, output.block_copies)
+            self.executor.copy_blocks(output.block_copies)
         batch = output.scheduled
         self.adapters.use([(entry.request.adapter, entry.num_rows) for entry in batch])
-        hidden = self._executor.forward(self._inputs(batch), capturable=not self.adapters.in_use)
+        hidden = self.executor.forward(self._inputs(batch), capturable=not self.adapters.in_use)
         starts = np.cumsum([0, *(entry.num_rows for entry in batch)])
         sampled = self._with_prompt_logprobs(self._sample(batch, hidden, starts), batch, hidden, starts)
         for index, entry in enumerate(batch):
@@ -92,7 +89,7 @@ class ModelRunner:
         if sampling:
             rows = [np.arange(starts[i + 1] - len(batch[i].draft_token_ids) - 1, starts[i + 1]) for i in sampling]
             chosen = to_device(torch.from_numpy(np.concatenate(rows)), hidden.device)
-            logits = self._executor.compute_logits(hidden[chosen])
+            logits = self.executor.compute_logits(hidden[chosen])
             for index, one in zip(sampling, self._sampler.sample(logits, [batch[i] for i in sampling]), strict=True):
                 sampled[index] = one
         return sampled
@@ -114,7 +111,7 @@ class ModelRunner:
         found: list[TokenLogprobs] = []
         for start in range(0, len(targets), LOGITS_AT_ONCE):
             some = targets[start : start + LOGITS_AT_ONCE]
-            logits = self._executor.compute_logits(hidden[start : start + len(some)])
+            logits = self.executor.compute_logits(hidden[start : start + len(some)])
             found += token_logprobs(logits, some, request.params.prompt_logprobs or 0)
         return tuple(found)
 

@@ -6,7 +6,6 @@ that is missing, unknown or of the wrong shape is refused by name.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -14,21 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from tokenrelay.model.config import ModelConfig
-from tokenrelay.model.families import EXPERT, Rule
+from tokenrelay.model.families import Rule
 from tokenrelay.model.quantized import Quantized, stacked
 from tokenrelay.model.transformer.attention import Attention
+from tokenrelay.model.transformer.communicator import Communicator
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.native_layers import replace_layers
 from tokenrelay.model.transformer.kernels.packed_linear import replace_linears
 from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm
+from tokenrelay.model.transformer.placing import Placed, WeightsError, placed
 from tokenrelay.model.transformer.rope import local_rotary_table, rotary_table
 from tokenrelay.model.transformer.sinusoids import SinusoidalPositions, sinusoidal_table
+from tokenrelay.model.transformer.tensor_parallel import Share, sum_over_ranks
 from tokenrelay.model.transformer.transformer import Transformer
-from tokenrelay.model.weights.layouts import LAYOUTS, ROW_ORDERS
-
-
-class WeightsError(ValueError):
-    """The checkpoint's tensors do not fit its configuration; the message names them."""
 
 
 def load_transformer(
@@ -41,27 +38,47 @@ def load_transformer(
     device: torch.device,
     attention_sinks: int = 0,
     in_8_bits: bool = False,
+    ranks: Communicator | None = None,
 ) -> Transformer:
     """Build the network, fill it from (name, tensor) pairs as the rules say, and make it ready for ``device``.
 
     Matrices that come quantized stay so where there are kernels for it; others are brought to 8 bits if ``in_8_bits``.
+
+    With ``ranks`` it is this rank's share of the network, cut tensor by tensor: no rank ever holds the whole.
 
     On a CPU activations are fp32 whatever the weights are: its kernels accumulate in fp32 anyway. Norms' weights are
     fp32 everywhere. Peak memory is the weights in ``dtype`` and one tensor.
 
     Raises:
         WeightsError: the tensors do not fit the network.
-        ValueError: ``attention_sinks`` do not suit the network or the device.
+        ValueError: ``attention_sinks`` do not suit the network or the device, or the network as many ranks.
     """
     if attention_sinks and device.type != "cpu":
         raise ValueError(f"attention_sinks is not supported on {device.type}; set it to 0")
+    incoming = placed(tensors, rules, config)
+    if ranks:
+        share = Share(config, ranks.rank, ranks.size)
+        incoming, config = _parts(incoming, share), share.own_config
     model = empty(typed(config, max_model_len, attention_sinks, dtype, device), max_model_len, device)
+    if ranks and ranks.rank:
+        model.lm_head = nn.Identity()  # type: ignore[assignment] # only the leader samples
     packs = device.type == "cpu" and native.is_available()
-    quantized = _fill(model, tensors, rules, keep_quantized=packs)
+    quantized = _fill(model, incoming, keep_quantized=packs)
     if packs:
         replace_linears(model, quantized, in_8_bits)
+    if ranks:
+        sum_over_ranks(model, ranks)
+    elif packs:
         replace_layers(model)
     return model.requires_grad_(False).eval()
+
+
+def _parts(whole: Iterable[Placed], share: Share) -> Iterator[Placed]:
+    """A rank's part of each tensor."""
+    for one in whole:
+        part = share.part(one.target, one.shard, one.tensor)
+        if part is not None:
+            yield one._replace(tensor=part)
 
 
 def typed(
@@ -114,12 +131,7 @@ def _keep_in_fp32(model: nn.Module, *, linears: bool) -> None:
             module.sinks.data = module.sinks.data.float()
 
 
-def _fill(
-    model: Transformer,
-    tensors: Iterable[tuple[str, Tensor | Quantized]],
-    rules: Sequence[Rule],
-    keep_quantized: bool,
-) -> dict[str, Quantized]:
+def _fill(model: Transformer, tensors: Iterable[Placed], keep_quantized: bool) -> dict[str, Quantized]:
     """Copy every tensor to its place, and count rows so that a hole is noticed.
 
     Returns the matrices that stay quantized, by name. Their parameters are memory that was never touched.
@@ -128,7 +140,7 @@ def _fill(
     parameters = dict(model.named_parameters())  # a tied head is listed once, as the embedding
     unfilled = _rows_to_fill(parameters, config)
     kept: dict[str, dict[int, Quantized]] = defaultdict(dict)  # by name, and by the row at which each begins
-    for name, target, shard, layout, tensor in _placed(tensors, rules):
+    for name, target, shard, tensor in tensors:
         if not target or (config.tie_word_embeddings and target == "lm_head.weight"):
             continue
         if target not in unfilled:
@@ -136,22 +148,17 @@ def _fill(
         start, end = _span(parameters[target], shard, config)
         rows = parameters[target][start:end]
         matrix = _matrix_of(target, config)
-        keeps = isinstance(tensor, Quantized) and keep_quantized and (not layout or layout in ROW_ORDERS)
-        if isinstance(tensor, Quantized) and matrix and keeps:
+        keeps = isinstance(tensor, Quantized) and matrix and keep_quantized
+        if isinstance(tensor, Quantized) and keeps:
             _check_shape(name, tensor, rows)
-            kept[matrix][start] = _in_our_order(tensor, layout, config)
+            kept[matrix][start] = tensor
         if not (matrix == target and keeps):
-            values = tensor.dequantized() if isinstance(tensor, Quantized) else tensor
-            _copy(name, _laid_out(name, layout, values, config), rows)
+            _copy(name, tensor.dequantized() if isinstance(tensor, Quantized) else tensor, rows)
         unfilled[target] -= end - start
     missing = sorted(name for name, rows in unfilled.items() if rows > 0)
     if missing:
         raise WeightsError(f"the checkpoint does not fill {', '.join(missing[:8])} ({len(missing)} in all)")
     return {name: whole for name, shards in kept.items() if (whole := _whole(shards, parameters.get(name)))}
-
-
-def _in_our_order(stored: Quantized, layout: str, config: ModelConfig) -> Quantized:
-    return stored.mapped(lambda rows: LAYOUTS[layout](rows, config)) if layout else stored
 
 
 def _rows_to_fill(parameters: Mapping[str, Tensor], config: ModelConfig) -> dict[str, int]:
@@ -160,14 +167,6 @@ def _rows_to_fill(parameters: Mapping[str, Tensor], config: ModelConfig) -> dict
     for name in constant:
         parameters[name].data.fill_(1)
     return {name: parameter.shape[0] for name, parameter in parameters.items() if name not in constant}
-
-
-def _laid_out(name: str, layout: str, stored: Tensor, config: ModelConfig) -> Tensor:
-    """As our network holds it."""
-    try:
-        return LAYOUTS[layout](stored, config) if layout else stored
-    except (RuntimeError, IndexError) as error:
-        raise WeightsError(f"tensor {name!r} of shape {list(stored.shape)} is not {layout}: {error}") from error
 
 
 def _matrix_of(target: str, config: ModelConfig) -> str:
@@ -184,39 +183,6 @@ def _whole(shards: Mapping[int, Quantized], parameter: Tensor | None) -> Quantiz
     for start, shard in shards.items():
         parameter.data[start : start + shard.shape[0]] = shard.dequantized()
     return None
-
-
-def _placed(
-    tensors: Iterable[tuple[str, Tensor | Quantized]], rules: Sequence[Rule]
-) -> Iterator[tuple[str, str, str, str, Tensor | Quantized]]:
-    """Each tensor with its name, our name for it, its rows there and its layout; a stack of experts' is taken apart."""
-    for name, tensor in tensors:
-        target, shard, layout = _place(name, rules)
-        if EXPERT in target and not tensor.shape:
-            raise WeightsError(f"tensor {name!r} is one number, not a stack of experts")
-        if EXPERT in target:
-            for expert, own in enumerate(_unstacked(tensor)):
-                yield name, target.replace(EXPERT, str(expert)), shard, layout, own
-        else:
-            yield name, target, shard, layout, tensor
-
-
-def _unstacked(tensor: Tensor | Quantized) -> Iterator[Tensor | Quantized]:
-    """What is stored for every expert: [E, …] → E times […]."""
-    for expert in range(tensor.shape[0]):
-        if isinstance(tensor, Quantized):
-            yield Quantized(tensor[0][expert], tensor[1][expert], None if tensor[2] is None else tensor[2][expert])
-        else:
-            yield tensor[expert]
-
-
-def _place(name: str, rules: Sequence[Rule]) -> tuple[str, str, str]:
-    """Our name, the rows of it, and the layout; WeightsError if no rule knows the tensor."""
-    for rule in rules:
-        match = re.fullmatch(rule.pattern, name)
-        if match:
-            return match.expand(rule.target), match.expand(rule.shard), rule.layout
-    raise WeightsError(f"tensor {name!r} has no place in a network of this family")
 
 
 def _span(parameter: Tensor, shard: str, config: ModelConfig) -> tuple[int, int]:

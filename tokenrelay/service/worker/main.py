@@ -16,6 +16,7 @@ from tokenrelay.model.config import EngineConfig
 from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.structured.compiler import GrammarCompiler
 from tokenrelay.model.tokenizer import Tokenizer
+from tokenrelay.model.transformer.communicator import Communicator
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.weights import ModelSource, resolve
 from tokenrelay.service.broker import connect
@@ -28,6 +29,7 @@ from tokenrelay.service.settings import Settings
 from tokenrelay.service.token_log import TokenLog
 from tokenrelay.service.worker.metrics_server import MetricsServer
 from tokenrelay.service.worker.output_processor import OutputProcessor
+from tokenrelay.service.worker.ranks import Followers, check_division
 from tokenrelay.service.worker.role import Role
 from tokenrelay.service.worker.worker import Worker
 
@@ -43,19 +45,23 @@ def run_worker(
     """
     metrics_socket = metrics_socket or socket.create_server((settings.host, settings.worker_metrics_port))
     source = resolve(settings.model, cache_dir=settings.cache_dir)
+    check_division(source, settings)
     started = time.perf_counter()
-    engine = load_engine(source, settings)
-    log.info("model loaded", model=source.name, seconds=round(time.perf_counter() - started, 2))
-    tokenizer = Tokenizer.from_source(source)
-    compiler = GrammarCompiler(tokenizer, vocab_size=engine.vocab_size)
-    settings = settings.model_copy(update={"served_model_name": settings.served_model_name or source.name})
-    gc.freeze()  # the garbage collector need not walk the libraries and the network again and again
-    gc.enable()
-    asyncio.run(_Process(settings, role, metrics_socket, ready_fd).serve(engine, tokenizer, compiler))
+    with Followers(settings) as followers:
+        ranks = followers.connect()
+        engine = load_engine(source, settings, ranks)
+        log.info("model loaded", model=source.name, seconds=round(time.perf_counter() - started, 2))
+        tokenizer = Tokenizer.from_source(source)
+        compiler = GrammarCompiler(tokenizer, vocab_size=engine.vocab_size)
+        settings = settings.model_copy(update={"served_model_name": settings.served_model_name or source.name})
+        gc.freeze()  # the garbage collector need not walk the libraries and the network again and again
+        gc.enable()
+        process = _Process(settings, role, metrics_socket, ready_fd)
+        asyncio.run(process.serve(engine, tokenizer, compiler, followers))
 
 
-def load_engine(source: ModelSource, settings: Settings) -> Engine:
-    """The engine that the settings describe."""
+def load_engine(source: ModelSource, settings: Settings, ranks: Communicator | None = None) -> Engine:
+    """The engine that the settings describe, or this rank's share of it, when all have theirs."""
     config = EngineConfig(
         kv_cache_bytes=settings.kv_cache_mb << 20,
         gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -69,8 +75,12 @@ def load_engine(source: ModelSource, settings: Settings) -> Engine:
         kv_cache_dtype=settings.kv_cache_dtype,
         enable_prefix_caching=settings.enable_prefix_caching,
     )
-    _use_threads(settings.num_threads or len(os.sched_getaffinity(0)))
-    return Engine.from_model(str(source.path), config, dtype=settings.dtype, device=settings.device)
+    num_threads = settings.num_threads or len(os.sched_getaffinity(0))
+    _use_threads(max(1, num_threads // settings.tensor_parallel_size))
+    engine = Engine.from_model(str(source.path), config, dtype=settings.dtype, device=settings.device, ranks=ranks)
+    if ranks:
+        ranks.await_all()
+    return engine
 
 
 def _use_threads(num_threads: int) -> None:
@@ -93,7 +103,9 @@ class _Process:
         self._metrics_socket = metrics_socket
         self._ready_fd = ready_fd
 
-    async def serve(self, engine: Engine, tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    async def serve(
+        self, engine: Engine, tokenizer: Tokenizer, compiler: GrammarCompiler, followers: Followers
+    ) -> None:
         settings, model = self._settings, self._settings.served_model_name
         redis = connect(settings.redis_url, ca_file=settings.redis_ca_file)
         relay = (redis, Keys(model), settings)
@@ -111,6 +123,7 @@ class _Process:
             model,
             self._role,
         )
+        followers.on_death = worker.end
         server = MetricsServer(metrics.registry, self._metrics_socket)
         for signum in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signum, _drain, worker, server)

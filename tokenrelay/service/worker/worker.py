@@ -70,7 +70,7 @@ class Worker:
             processor,
             metrics,
             publish=self._hand_to_loop,
-            on_death=self._note_death,
+            on_death=self.end,
             pulse=Pulse(settings.watchdog_seconds),
         )
         self._shelf = AdapterShelf(
@@ -84,6 +84,10 @@ class Worker:
         """Claim nothing more, finish what runs up to the limit, hand back the rest. (SIGTERM)"""
         self._drain.set()
         self._wake.set()
+
+    def end(self, error: BaseException) -> None:
+        """What this worker cannot do without is gone, its engine or a part of it. May be called in any thread."""
+        self._loop.call_soon_threadsafe(self._die, error)
 
     async def run(self) -> None:
         """Serve until drained. Raises what ended the engine or a loop, for the process to exit non-zero."""
@@ -268,10 +272,6 @@ class Worker:
 
     def _hand_to_loop(self, publications: list[Publication]) -> None:
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, publications)
-
-    def _note_death(self, error: BaseException) -> None:
-        """In the engine's thread."""
-        self._loop.call_soon_threadsafe(self._die, error)
 
     def _note_loop_end(self, task: asyncio.Task[None]) -> None:
         """A worker that goes on without one of its loops would look alive, and claim or publish nothing."""
