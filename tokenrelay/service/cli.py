@@ -52,7 +52,7 @@ _HTTP = (
     *("api_keys_file", "metrics_need_key", "metrics_tenants", "cors_origins", "log_prompts"),
 )
 _ENGINE = (
-    *("worker_metrics_port", "device", "dtype", "num_threads", "kv_cache_mb", "kv_cache_dtype"),
+    *("worker_metrics_port", "device", "dtype", "quantization", "num_threads", "kv_cache_mb", "kv_cache_dtype"),
     *("max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decodes"),
     *("num_speculative_tokens", "enable_prefix_caching", "watchdog_seconds", "workers"),
 )

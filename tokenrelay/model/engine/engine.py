@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from tokenrelay.model.config import MAX_STREAMING_LEN, DType, EngineConfig, ModelConfig
+from tokenrelay.model.config import MAX_STREAMING_LEN, DType, EngineConfig, ModelConfig, Quantization
 from tokenrelay.model.engine.block_tables import Window
 from tokenrelay.model.engine.model_runner import ModelRunner
 from tokenrelay.model.engine.request import Request
@@ -16,6 +16,7 @@ from tokenrelay.model.engine.scheduler import Scheduler
 from tokenrelay.model.engine.step import StepOutput
 from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_block
 from tokenrelay.model.transformer.loading import load_transformer
+from tokenrelay.model.transformer.quantization import describe_weights, keeps_stored
 from tokenrelay.model.weights import resolve
 from tokenrelay.model.weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -40,26 +41,24 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         dtype: DType | Literal["auto"] = "auto",
+        quantization: Quantization = "auto",
         device: str = "auto",
         cache_dir: Path | None = None,
     ) -> Engine:
         """From a short name, a GGUF file, a folder or a hub id, fetched if it is not here.
 
-        device ``auto``: a GPU if there is one. dtype ``auto``: bfloat16; on a CPU matrices that are stored in 8 or 4
-        bits stay so, and with ``int8`` all get 8. Raises ValueError where the device has no such type.
+        device ``auto``: a GPU if there is one. dtype ``auto``: bfloat16. quantization ``auto``: on a CPU matrices that
+        are stored in 8 or 4 bits stay so. Raises ValueError where the device has no such quantization.
         """
         source = resolve(model, cache_dir=cache_dir)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if dtype == "int8" and device != "cpu":
-            raise ValueError(f"dtype int8 has no kernels on {device}; use auto or bfloat16")
         return cls.from_checkpoint(
             open_checkpoint(source),
             config or EngineConfig(),
-            dtype=torch.bfloat16 if dtype in ("auto", "int8") else getattr(torch, dtype),
+            dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
             device=torch.device(device),
-            keep_quantized=device == "cpu" and dtype in ("auto", "int8"),
-            in_8_bits=dtype == "int8",
+            quantization=quantization,
         )
 
     @classmethod
@@ -70,8 +69,7 @@ class Engine:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        keep_quantized: bool = False,
-        in_8_bits: bool = False,
+        quantization: Quantization = "none",
     ) -> Engine:
         """Load the network and allocate its KV cache. Raises the checkpoint's and the loader's ValueErrors."""
         model_config = checkpoint.config()
@@ -84,13 +82,13 @@ class Engine:
         window = _window(model_config, config, context, num_blocks)
         model = load_transformer(
             model_config,
-            checkpoint.stored(dtype) if keep_quantized else checkpoint.tensors(dtype),
+            checkpoint.stored(dtype) if keeps_stored(quantization, device) else checkpoint.tensors(dtype),
             checkpoint.rules,
             max_model_len=context,  # what rope scaling may depend on: never on this machine's memory
             attention_sinks=config.attention_sinks,
             dtype=dtype,
             device=device,
-            in_8_bits=in_8_bits,
+            quantization=quantization,
         )
         kv_cache = allocate_kv_cache(model_config, num_blocks, config.block_size, cache_dtype, device)
         runner = ModelRunner(
@@ -114,6 +112,11 @@ class Engine:
     def vocab_size(self) -> int:
         """The network's, which may be larger than the tokenizer's."""
         return self.runner.model.config.vocab_size
+
+    @property
+    def weights(self) -> str:
+        """What they take and in how many bits they are, for the log."""
+        return describe_weights(self.runner.model)
 
     @property
     def streaming_context(self) -> int:

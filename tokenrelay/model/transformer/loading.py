@@ -13,16 +13,21 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.config import ModelConfig, Quantization
 from tokenrelay.model.families import Rule
 from tokenrelay.model.quantized import Quantized, stacked
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.native_layers import replace_layers
-from tokenrelay.model.transformer.kernels.packed_linear import replace_linears
 from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm
+from tokenrelay.model.transformer.quantization import (
+    check_quantization,
+    keeps_stored,
+    replace_embedding,
+    replace_linears,
+)
 from tokenrelay.model.transformer.rope import rotary_table
 from tokenrelay.model.transformer.transformer import Transformer
-from tokenrelay.model.weights.layouts import LAYOUTS
+from tokenrelay.model.weights.layouts import LAYOUTS, ROW_ORDERS
 
 
 class WeightsError(ValueError):
@@ -38,26 +43,28 @@ def load_transformer(
     dtype: torch.dtype,
     device: torch.device,
     attention_sinks: int = 0,
-    in_8_bits: bool = False,
+    quantization: Quantization = "auto",
 ) -> Transformer:
     """Build the network, fill it from (name, tensor) pairs as the rules say, and make it ready for ``device``.
 
-    Matrices that come quantized stay so where there are kernels for it; others are brought to 8 bits if ``in_8_bits``.
+    Matrices that come quantized stay so where there are kernels for it, unless ``quantization`` is another.
 
     On a CPU activations are fp32 whatever the weights are: its kernels accumulate in fp32 anyway. Peak memory is
     the weights in ``dtype`` and one tensor.
 
     Raises:
         WeightsError: the tensors do not fit the network.
-        ValueError: ``attention_sinks`` do not suit the network or the device.
+        ValueError: ``attention_sinks`` do not suit the network or the device, or ``quantization`` the device.
     """
+    check_quantization(quantization, device)
     if attention_sinks and device.type != "cpu":
         raise ValueError(f"attention_sinks is not supported on {device.type}; set it to 0")
     model = _empty(config, max_model_len, attention_sinks, dtype, device)
-    packs = device.type == "cpu" and native.is_available()
-    quantized = _fill(model, tensors, rules, keep_quantized=packs)
-    if packs:
-        replace_linears(model, quantized, in_8_bits)
+    quantized = _fill(model, tensors, rules, keeps_stored(quantization, device))
+    if device.type != "cpu" or native.is_available():
+        replace_linears(model, quantized, quantization)
+        replace_embedding(model, quantized, quantization)
+    if device.type == "cpu" and native.is_available():
         replace_layers(model)
     return model.requires_grad_(False).eval()
 
@@ -117,10 +124,10 @@ def _fill(
         start, end = _span(parameters[target], shard, config)
         rows = parameters[target][start:end]
         matrix = _matrix_of(target, config)
-        if isinstance(tensor, Quantized) and matrix and keep_quantized:
+        if isinstance(tensor, Quantized) and matrix and keep_quantized and (not layout or layout in ROW_ORDERS):
             _check_shape(name, tensor, rows)
-            kept[matrix][start] = tensor
-        if not (isinstance(tensor, Quantized) and matrix == target and keep_quantized):
+            kept[matrix][start] = _in_our_order(tensor, layout, config)
+        else:
             values = tensor.dequantized() if isinstance(tensor, Quantized) else tensor
             _copy(name, LAYOUTS[layout](values, config) if layout else values, rows)
         unfilled[target] -= end - start
@@ -130,10 +137,14 @@ def _fill(
     return {name: whole for name, shards in kept.items() if (whole := _whole(shards, parameters.get(name)))}
 
 
+def _in_our_order(stored: Quantized, layout: str, config: ModelConfig) -> Quantized:
+    return stored.mapped(lambda rows: LAYOUTS[layout](rows, config)) if layout else stored
+
+
 def _matrix_of(target: str, config: ModelConfig) -> str:
     """Which linear layer's matrix this is, if it is one: itself, or the head that an embedding is tied to."""
     if target == "embed_tokens.weight":
-        return "lm_head.weight" if config.tie_word_embeddings else ""
+        return "lm_head.weight" if config.tie_word_embeddings else target
     return target if target.endswith(("_proj.weight", "lm_head.weight")) else ""
 
 

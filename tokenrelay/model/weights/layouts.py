@@ -17,3 +17,4 @@ def transposed(stored: Tensor, config: ModelConfig) -> Tensor:
 
 
 LAYOUTS: dict[str, Layout] = {"transposed": transposed}
+ROW_ORDERS: frozenset[str] = frozenset()  # of these, the ones that a quantized matrix can follow: they move whole rows

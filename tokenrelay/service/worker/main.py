@@ -45,7 +45,7 @@ def run_worker(
     source = resolve(settings.model, cache_dir=settings.cache_dir)
     started = time.perf_counter()
     engine = load_engine(source, settings)
-    log.info("model loaded", model=source.name, seconds=round(time.perf_counter() - started, 2))
+    log.info("model loaded", model=source.name, seconds=round(time.perf_counter() - started, 2), weights=engine.weights)
     tokenizer = Tokenizer.from_source(source)
     compiler = GrammarCompiler(tokenizer, vocab_size=engine.vocab_size)
     settings = settings.model_copy(update={"served_model_name": settings.served_model_name or source.name})
@@ -68,7 +68,9 @@ def load_engine(source: ModelSource, settings: Settings) -> Engine:
         enable_prefix_caching=settings.enable_prefix_caching,
     )
     _use_threads(settings.num_threads or len(os.sched_getaffinity(0)))
-    return Engine.from_model(str(source.path), config, dtype=settings.dtype, device=settings.device)
+    return Engine.from_model(
+        str(source.path), config, dtype=settings.dtype, quantization=settings.quantization, device=settings.device
+    )
 
 
 def _use_threads(num_threads: int) -> None:

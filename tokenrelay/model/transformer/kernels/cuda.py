@@ -8,9 +8,11 @@ negative slots (padding of a captured graph), so that no shape depends on data.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from tokenrelay.model.quantized import GROUP
 from tokenrelay.model.transformer.kernels import reference
 
 
@@ -74,6 +76,17 @@ def paged_attention(
     )
     assert isinstance(out, Tensor)  # a tuple only when auxiliary results are asked for
     return out.flatten(1)
+
+
+def quantized_linear(
+    x: Tensor, panels: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """Activations are not rounded: the weights are widened at every call, which saves memory, not time."""
+    integers = reference.unpack_integers(panels, out_features, 8 if minima is None else 4).to(x.dtype)
+    weight = integers.view(out_features, -1, GROUP) * reference.unpack(scales, out_features).to(x.dtype).unsqueeze(-1)
+    if minima is not None:
+        weight += reference.unpack(minima, out_features).to(x.dtype).unsqueeze(-1)
+    return F.linear(x, weight.flatten(1), bias)
 
 
 def _refuse(*, int8: bool = False, sinks: bool = False) -> None:

@@ -8,7 +8,6 @@
 // the rest of the output in its rounding, so it has both. (the outliers of LLM.int8(), by group instead of by column)
 namespace {
 
-constexpr size_t GROUP = 32;
 constexpr float HIGH = 127.0f, BOTH = 127.0f * 256.0f;  // the largest integers
 constexpr float OUTLIER = 36.0f;  // largest element squared, over the row's mean square
 constexpr float TINY = 1e-30f;    // below, a group counts as zero: its factor would overflow
