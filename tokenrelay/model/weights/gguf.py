@@ -6,6 +6,7 @@ llama.cpp stores the rows of q and k in the order of interleaved rope, and GPT-2
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from math import prod
@@ -13,17 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.families import FAMILIES
-from tokenrelay.model.quantized import Quantized
+from tokenrelay.model.quantized import GROUP, Quantized, quantize
 from tokenrelay.model.weights.config_reader import config_from_gguf
 from tokenrelay.model.weights.gguf_metadata import GGUFMetadata, TensorInfo, read_gguf_metadata
-from tokenrelay.model.weights.gguf_quantized import STORED, quantized_from
+from tokenrelay.model.weights.gguf_quantized import NOT_QUANTIZED, TAKEN_APART, quantized_from
 from tokenrelay.model.weights.gguf_rope import ROPE_TENSORS
+
+log = structlog.get_logger()
 
 # Elements dequantized at once: they fit the cache, a call per row would cost four times as much, and torch does not
 # split so few among threads, which on a busy machine wait for each other.
@@ -85,13 +89,32 @@ class GGUFCheckpoint:
             yield name, self._converted(info, name, dtype)
 
     def stored(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
-        """As ``tensors``, but matrices of a Llama in Q8_0, Q4_0 or Q4_1 come as they are."""
+        """As ``tensors``, but quantized matrices come in 4 or 8 bits: exactly as they are, or as near as can be told.
+
+        GPT-2's are transposed, and so dequantized.
+        """
+        kinds: Counter[str] = Counter()
         for info, name in self._named():
             kind, blocks = _blocks(info, self._data, self._metadata)
-            if kind in STORED and len(info.shape) == 2 and self._config.architecture != "gpt2":
-                yield name, quantized_from(blocks, kind, info.shape).mapped(partial(self._hf_layout, info, name))
-            else:
+            if kind in NOT_QUANTIZED or len(info.shape) != 2 or self._config.architecture == "gpt2":
                 yield name, self._converted(info, name, dtype)
+                continue
+            exact = kind in TAKEN_APART
+            stored = quantized_from(blocks, kind, info.shape) if exact else self._in_8_bits(info)
+            kinds[f"{kind.name} in {stored.bits} bits"] += 1
+            yield name, stored.mapped(partial(self._hf_layout, info, name))
+        if kinds:
+            log.info("quantized matrices", **{"as": ", ".join(f"{count} {kind}" for kind, count in kinds.items())})
+
+    def _in_8_bits(self, info: TensorInfo) -> Quantized:
+        integers = torch.empty(info.shape, dtype=torch.int8)
+        scales = torch.empty(info.shape[0], info.shape[1] // GROUP, dtype=torch.float16)
+        chunks = torch.split(integers.view(-1), _CHUNK), torch.split(scales.view(-1), _CHUNK // GROUP)
+        for values, *chunk in zip(_pieces(info, self._data, self._metadata), *chunks, strict=True):
+            rounded = quantize(values.view(1, -1))
+            chunk[0].copy_(rounded.integers[0])
+            chunk[1].copy_(rounded.scales[0])
+        return Quantized(integers, scales)
 
     def _named(self) -> Iterator[tuple[TensorInfo, str]]:
         for info in self._metadata.tensors.values():
@@ -131,17 +154,22 @@ def _dequantized(
     info: TensorInfo, data: npt.NDArray[np.uint8], metadata: GGUFMetadata, dtype: torch.dtype
 ) -> torch.Tensor:
     """The tensor in ``dtype``, filled piece by piece so that no second copy of it is ever in memory."""
-    kind, blocks = _blocks(info, data, metadata)
     values = torch.empty(info.shape, dtype=dtype)
-    pieces = torch.split(values.view(-1), _CHUNK)
+    for piece, dequantized in zip(torch.split(values.view(-1), _CHUNK), _pieces(info, data, metadata), strict=True):
+        piece.copy_(dequantized)
+    return values
+
+
+def _pieces(info: TensorInfo, data: npt.NDArray[np.uint8], metadata: GGUFMetadata) -> Iterator[torch.Tensor]:
+    """All elements in order, fp32, so many at a time."""
+    kind, blocks = _blocks(info, data, metadata)
     blocks_per_piece = _CHUNK // GGML_QUANT_SIZES[kind][0]
     try:
-        for i, piece in enumerate(pieces):
-            chunk = np.array(blocks[i * blocks_per_piece : (i + 1) * blocks_per_piece])
-            piece.copy_(torch.from_numpy(dequantize(chunk.reshape(1, -1), kind).ravel()))
+        for start in range(0, len(blocks), blocks_per_piece):
+            chunk = np.array(blocks[start : start + blocks_per_piece])
+            yield torch.from_numpy(dequantize(chunk.reshape(1, -1), kind).ravel())
     except NotImplementedError as error:
         raise metadata.error(f"tensor {info.name!r} has type {kind.name}, which cannot be dequantized") from error
-    return values
 
 
 def _blocks(
