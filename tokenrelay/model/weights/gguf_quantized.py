@@ -62,8 +62,8 @@ def _q4_k(blocks: Blocks, shape: Sequence[int]) -> Quantized:
 
 
 def _six_bits(packed: Blocks) -> tuple[Blocks, Blocks]:
-    """12 bytes -> 8 scales, 8 minima. Of the first four the 6 low bits of a byte; of the others the 2 high bits of these
-    bytes, and the halves of the last four."""
+    """12 bytes -> 8 scales, 8 minima. Of the first four the 6 low bits of a byte; of the others the 2 high bits of
+    these bytes, and the halves of the last four."""
     scales, minima, low = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     return (
         np.concatenate((scales & 63, low & 15 | scales >> 6 << 4), axis=1),
