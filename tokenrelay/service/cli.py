@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from tokenrelay import __version__
 from tokenrelay.bench.cli import bench
 from tokenrelay.model.weights import known_models, resolve
-from tokenrelay.service import dead_letters_cli, keys_cli, logs
+from tokenrelay.service import dead_letters_cli, eval_cli, keys_cli, logs
 from tokenrelay.service.cli_options import with_settings
 from tokenrelay.service.embedded_valkey import EmbeddedValkeyError
 from tokenrelay.service.errors import ServiceError
@@ -63,6 +63,7 @@ Inherited = Annotated[int, typer.Option(help="A file descriptor from the supervi
 
 app.add_typer(dead_letters_cli.app, name="dead")
 app.add_typer(keys_cli.app, name="keys")
+app.add_typer(eval_cli.app, name="eval")
 app.command()(bench)
 app.command()(chat)
 app.command()(complete)

@@ -228,4 +228,4 @@ def test_the_log_says_what_became_of_each_kind(tmp_path: Path) -> None:
     write_gguf(tiny_llama(), tmp_path / "tiny.gguf", Kind.Q5_1)
     with capture_logs() as lines:
         list(GGUFCheckpoint(tmp_path / "tiny.gguf").stored())
-    assert [line["as"] for line in lines] == ["15 Q5_1 in 8 bits"]
+    assert [line["became"] for line in lines] == ["15 Q5_1 in 8 bits"]

@@ -27,8 +27,6 @@ from tokenrelay.model.weights.gguf_metadata import GGUFMetadata, TensorInfo, rea
 from tokenrelay.model.weights.gguf_quantized import NOT_QUANTIZED, TAKEN_APART, quantized_from
 from tokenrelay.model.weights.gguf_rope import ROPE_TENSORS
 
-log = structlog.get_logger()
-
 # Elements dequantized at once: they fit the cache, a call per row would cost four times as much, and torch does not
 # split so few among threads, which on a busy machine wait for each other.
 _CHUNK = 1 << 15
@@ -104,7 +102,8 @@ class GGUFCheckpoint:
             kinds[f"{kind.name} in {stored.bits} bits"] += 1
             yield name, stored.mapped(partial(self._hf_layout, info, name))
         if kinds:
-            log.info("quantized matrices", **{"as": ", ".join(f"{count} {kind}" for kind, count in kinds.items())})
+            became = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            structlog.get_logger().info("quantized matrices", became=became)
 
     def _in_8_bits(self, info: TensorInfo) -> Quantized:
         integers = torch.empty(info.shape, dtype=torch.int8)

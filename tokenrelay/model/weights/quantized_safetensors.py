@@ -17,8 +17,6 @@ from tokenrelay.model.quantized import Quantized
 from tokenrelay.model.weights.errors import CheckpointError
 from tokenrelay.model.weights.quantized_formats import GroupedIntegers, Parts, awq, compressed_tensors, gptq, mxfp4
 
-log = structlog.get_logger()
-
 
 class Method(NamedTuple):
     """One way to store matrices in few bits."""
@@ -150,4 +148,6 @@ def _tell(became: Counter[str]) -> None:
     """ "12 of 14 stay in 4 bits; 2 of 14 dequantized: act-order"."""
     if became:
         total = became.total()
-        log.info("quantized matrices", became="; ".join(f"{n} of {total} {what}" for what, n in became.most_common()))
+        structlog.get_logger().info(
+            "quantized matrices", became="; ".join(f"{n} of {total} {what}" for what, n in became.most_common())
+        )
