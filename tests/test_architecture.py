@@ -17,7 +17,7 @@ ROOT = Path(tokenrelay.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc", "base", "manager"}
 LAZY_BY_DESIGN = {  # `version` must not load torch, nor `bench` need matplotlib, nor a local model the hub's library
-    *("service/cli.py", "bench/cli.py", "model/weights/sources.py"),
+    *("service/cli.py", "service/eval_cli.py", "bench/cli.py", "model/weights/sources.py"),
 }
 
 

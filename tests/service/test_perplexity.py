@@ -37,7 +37,12 @@ def perplexity_of_transformers(path: Path, token_ids: list[int]) -> float:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("options", "tolerance"),
-    [({"dtype": "float32"}, 0.001), ({"dtype": "bfloat16"}, 0.005), ({}, 0.01), ({"dtype": "int8"}, 0.01)],
+    [
+        ({"dtype": "float32", "quantization": "none"}, 0.001),
+        ({"quantization": "none"}, 0.005),
+        ({}, 0.01),
+        ({"quantization": "int8"}, 0.01),
+    ],
     ids=["float32", "bfloat16", "auto", "int8"],
 )
 def test_perplexity_equals_transformers(

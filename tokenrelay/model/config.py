@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-DType = Literal["float32", "bfloat16", "float16", "int8"]
+DType = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["auto", "none", "int8", "int8-weight-only", "int4", "fp8"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"]
 MAX_STREAMING_LEN = 2**20  # tokens of one sequence when attention sinks let it outgrow the context
 

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from tokenrelay import __version__
 from tokenrelay.bench.cli import bench
 from tokenrelay.model.weights import known_models, resolve
-from tokenrelay.service import dead_letters_cli, keys_cli, logs
+from tokenrelay.service import dead_letters_cli, eval_cli, keys_cli, logs
 from tokenrelay.service.cli_options import with_settings
 from tokenrelay.service.embedded_valkey import EmbeddedValkeyError
 from tokenrelay.service.errors import ServiceError
@@ -54,7 +54,7 @@ _HTTP = (
     *("api_keys_file", "metrics_need_key", "metrics_tenants", "cors_origins", "log_prompts"),
 )
 _ENGINE = (
-    *("worker_metrics_port", "device", "dtype", "num_threads", "tensor_parallel_size", "kv_cache_mb"),
+    *("worker_metrics_port", "device", "dtype", "quantization", "num_threads", "tensor_parallel_size", "kv_cache_mb"),
     *("kv_cache_dtype", "gpu_memory_utilization", "enforce_eager"),
     *("max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decodes"),
     *("num_speculative_tokens", "enable_prefix_caching", "max_loras", "watchdog_seconds", "workers"),
@@ -66,6 +66,7 @@ Inherited = Annotated[int, typer.Option(help="A file descriptor from the supervi
 
 app.add_typer(dead_letters_cli.app, name="dead")
 app.add_typer(keys_cli.app, name="keys")
+app.add_typer(eval_cli.app, name="eval")
 app.command()(bench)
 app.command()(chat)
 app.command()(complete)

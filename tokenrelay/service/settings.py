@@ -77,12 +77,14 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Where the network runs: cpu, cuda, mps (Apple), or auto: cuda if there is one, else cpu."
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description=(
-            "Type of the weights: float32, bfloat16, float16, int8 (CPU), or auto: bfloat16, and matrices that a GGUF "
-            "stores in 8 or 4 bits stay so on a CPU."
-        ),
+        description="Type of the weights that are not quantized: float32, bfloat16, float16, or auto: bfloat16.",
+    )
+    quantization: Literal["auto", "none", "int8", "int8-weight-only", "int4", "fp8"] = Field(
+        "auto",
+        description="Of the matrices: none, int8 (8 bits, and so the activations), int8-weight-only, int4 (4 bits in "
+        "groups of 32, head and embedding 8), fp8 (CUDA), or auto: as the checkpoint stores them; on a GPU none.",
     )
     num_threads: int = Field(0, ge=0, description="Compute threads on a CPU; 0: one per core this process may use.")
     tensor_parallel_size: int = Field(
@@ -185,6 +187,13 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe line logged: debug, info, warning or error."
     )
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _no_integers(cls, dtype: object) -> object:
+        if dtype == "int8":
+            raise ValueError("int8 is not a dtype any more: set quantization to int8")
+        return dtype
 
     @field_validator("cors_origins")
     @classmethod

@@ -110,15 +110,17 @@ def requests() -> list[Request]:
 def test_replayed_steps_give_the_ids_of_eager_ones(engine: Engine) -> None:
     expected = generate(engine, requests())
     runner, recorder = engine.runner, Recorder()
-    eager = EagerExecutor(runner.model, runner._kv_cache, CPU)
-    runner._executor = GraphExecutor(eager, recorder, max_num_seqs=CONFIG.max_num_seqs, max_blocks=4)
+    eager = runner.executor
+    assert isinstance(eager, EagerExecutor)
+    runner.executor = GraphExecutor(eager, recorder, max_num_seqs=CONFIG.max_num_seqs, max_blocks=4)
     assert generate(engine, requests()) == expected
     assert set(recorder.replays) == {1, 2, 4}  # as requests end; prompts are computed eagerly
 
 
 def test_only_a_decode_step_that_the_network_takes_as_always_is_replayed(engine: Engine) -> None:
     recorder = Recorder()
-    eager = EagerExecutor(engine.runner.model, engine.runner._kv_cache, CPU)
+    eager = engine.runner.executor
+    assert isinstance(eager, EagerExecutor)
     executor = GraphExecutor(eager, recorder, max_num_seqs=2, max_blocks=4)
     ids = np.zeros(2, dtype=np.int64)
     tables, lens = np.zeros((1, 1), dtype=np.int32), np.array([2], dtype=np.int32)

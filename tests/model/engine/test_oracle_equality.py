@@ -120,7 +120,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         EngineConfig(**MODES[request.param]),
         dtype=torch.bfloat16,
         device=CPU,
-        in_8_bits=request.param == "8 bits",
+        quantization="int8" if request.param == "8 bits" else "none",
     )
 
 

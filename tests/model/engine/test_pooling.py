@@ -57,7 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, dtype: torch.dtype, mode: str = "plain") -> Engine:
     checkpoint = SafetensorsCheckpoint(folder)
-    return Engine.from_checkpoint(checkpoint, MODES[mode], dtype=dtype, device=CPU, in_8_bits=mode == "8 bits")
+    return Engine.from_checkpoint(
+        checkpoint, MODES[mode], dtype=dtype, device=CPU, quantization="int8" if mode == "8 bits" else "none"
+    )
 
 
 @pytest.fixture(scope="module", params=MODES)

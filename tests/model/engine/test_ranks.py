@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.model.generation import generate
-from tokenrelay.model.config import EngineConfig
+from tokenrelay.model.config import EngineConfig, Quantization
 from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.engine.ranks import follow
 from tokenrelay.model.engine.request import Request
@@ -72,11 +72,17 @@ class Followers:
 
 
 def load(
-    checkpoint: SafetensorsCheckpoint, ranks: Communicator | None, *, num_blocks: int = 64, in_8_bits: bool = False
+    checkpoint: SafetensorsCheckpoint,
+    ranks: Communicator | None,
+    *,
+    num_blocks: int = 64,
+    quantization: Quantization = "none",
 ) -> Engine:
     """Prompts come in chunks."""
     config = EngineConfig(num_blocks=num_blocks, max_num_seqs=8, max_num_batched_tokens=32)
-    return Engine.from_checkpoint(checkpoint, config, dtype=torch.float32, device=CPU, ranks=ranks, in_8_bits=in_8_bits)
+    return Engine.from_checkpoint(
+        checkpoint, config, dtype=torch.float32, device=CPU, ranks=ranks, quantization=quantization
+    )
 
 
 @contextmanager
@@ -121,8 +127,8 @@ def test_with_more_ranks_than_key_heads_a_row_does_not_depend_on_its_neighbours(
 
 def test_matrices_of_8_bits_are_divided_as_well(checkpoint: SafetensorsCheckpoint, tmp_path: Path) -> None:
     """To nearly the same: activations are rounded, and another order of additions rounds some of them elsewhere."""
-    whole = load(checkpoint, None, in_8_bits=True)
-    with divided(checkpoint, tmp_path / "store", in_8_bits=True) as engine:
+    whole = load(checkpoint, None, quantization="int8")
+    with divided(checkpoint, tmp_path / "store", quantization="int8") as engine:
         for prompt in PROMPTS:
             torch.testing.assert_close(scores(engine, prompt), scores(whole, prompt), rtol=0, atol=0.05)
 

@@ -17,7 +17,8 @@ import tokenrelay
 from tests.model.transformer.paged_request import BLOCK, PagedRequest, cpu_cache, rotary_angles
 from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kernels import native, reference
-from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, replace_linears
+from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear
+from tokenrelay.model.transformer.quantization import replace_linears
 
 WITHOUT_LIBRARY = """
 import torch
@@ -68,7 +69,7 @@ def test_replace_linears_keeps_the_function() -> None:
     network = nn.Sequential(nn.Linear(20, 30), nn.Sequential(nn.ReLU(), nn.Linear(30, 17, bias=False)))
     x = torch.randn(4, 20)
     before = network(x)
-    replace_linears(network, {}, in_8_bits=False)
+    replace_linears(network, {}, "auto")
     assert not any(isinstance(module, nn.Linear) for module in network.modules())
     close(network(x), before)
 

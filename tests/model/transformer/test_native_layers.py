@@ -94,7 +94,7 @@ def random_model(config: ModelConfig, *, in_8_bits: bool = False, attention_sink
         attention_sinks=attention_sinks,
         dtype=torch.float32 if in_8_bits else torch.bfloat16,
         device=torch.device("cpu"),
-        in_8_bits=in_8_bits,
+        quantization="int8" if in_8_bits else "none",
     )
 
 

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from gguf import ExpertGatingFuncType, GGUFWriter
 from gguf import GGMLQuantizationType as Kind
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
+from structlog.testing import capture_logs
 from transformers import PreTrainedModel
 
 from tests.model.weights.gguf_writer import gguf_tensors, write_gguf
@@ -31,6 +33,7 @@ from tokenrelay.model.weights.errors import CheckpointError
 from tokenrelay.model.weights.gguf import GGUFCheckpoint
 from tokenrelay.model.weights.gguf_config import config_from_gguf
 from tokenrelay.model.weights.gguf_metadata import read_gguf_metadata
+from tokenrelay.model.weights.gguf_quantized import quantized_from
 from tokenrelay.model.weights.sources import ModelSource, resolve
 
 TOLERANCE = {
@@ -215,16 +218,45 @@ def test_counts_that_the_tensors_contradict_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_1], ids=lambda kind: kind.name)
-def test_what_is_stored_in_few_bits_comes_as_it_is(kind: Kind, tie: bool, tmp_path: Path) -> None:
-    """Its meaning is what dequantizing gives, as for every tensor."""
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1], ids=lambda kind: kind.name)
+def test_what_is_stored_in_few_bits_comes_in_few_bits(kind: Kind, tie: bool, tmp_path: Path) -> None:
+    """Its meaning is what dequantizing gives, q and k in transformers' order included."""
     path = tmp_path / "tiny.gguf"
     write_gguf(tiny_llama(tie=tie), path, kind)
     checkpoint = GGUFCheckpoint(path)
     stored, expected = dict(checkpoint.stored()), dict(checkpoint.tensors())
     assert stored.keys() == expected.keys()
-    kept = {name: tensor for name, tensor in stored.items() if isinstance(tensor, Quantized)}
-    assert bool(kept) == (kind is not Kind.Q5_1)
+    assert {name for name, tensor in stored.items() if isinstance(tensor, Quantized)} == {
+        name for name, tensor in expected.items() if tensor.dim() == 2
+    }
     for name, tensor in stored.items():
         meant = tensor.dequantized() if isinstance(tensor, Quantized) else tensor
-        torch.testing.assert_close(meant, expected[name], rtol=1e-6, atol=1e-7)
+        half_a_step = expected[name].abs().max() / 127 / 2 if kind is Kind.Q5_1 else 0
+        torch.testing.assert_close(meant, expected[name], rtol=1e-6, atol=float(half_a_step) * 1.01 + 1e-7)
+
+
+def random_blocks(kind: Kind, seed: int) -> npt.NDArray[np.uint8]:
+    """Eight rows of two blocks: any bits, but scales that are numbers."""
+    random_ = np.random.default_rng(seed)
+    blocks = random_.integers(0, 256, (16, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    for at in (0, 2) if kind is Kind.Q4_K else (0,):
+        blocks[:, at : at + 2] = random_.uniform(-0.1, 0.1, (16, 1)).astype(np.float16).view(np.uint8)
+    return blocks
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q5_0, Kind.Q8_0], ids=lambda kind: kind.name)
+def test_any_block_means_what_dequantizing_gives(kind: Kind) -> None:
+    """All integers, scales and minima: what our own rounding would never write."""
+    blocks = random_blocks(kind, 0)
+    expected = torch.from_numpy(dequantize(blocks, kind)).view(8, -1)
+    stored = quantized_from(blocks, kind, expected.shape)
+    assert stored.bits == (4 if kind is Kind.Q4_K else 8)
+    rounding = 2**-11 if kind is Kind.Q4_K else 1e-6  # of the products of scales, to fp16
+    assert ((stored.dequantized() - expected).abs() <= rounding * (1 + expected.abs().max())).all()
+
+
+def test_the_log_says_what_became_of_each_kind(tmp_path: Path) -> None:
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf", Kind.Q5_1)
+    with capture_logs() as lines:
+        list(GGUFCheckpoint(tmp_path / "tiny.gguf").stored())
+    assert [line["became"] for line in lines] == ["15 Q5_1 in 8 bits"]

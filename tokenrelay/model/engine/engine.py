@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from tokenrelay.model.config import MAX_STREAMING_LEN, DType, EngineConfig, ModelConfig
+from tokenrelay.model.config import MAX_STREAMING_LEN, DType, EngineConfig, ModelConfig, Quantization
 from tokenrelay.model.engine.adapter_loading import load_adapter
 from tokenrelay.model.engine.block_tables import Window
 from tokenrelay.model.engine.devices import check_device, fitting_blocks, make_executor
@@ -24,6 +24,7 @@ from tokenrelay.model.transformer.communicator import Communicator
 from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_block
 from tokenrelay.model.transformer.loading import load_transformer
 from tokenrelay.model.transformer.lora import Adapter
+from tokenrelay.model.transformer.quantization import describe_weights, keeps_stored
 from tokenrelay.model.transformer.tensor_parallel import Share
 from tokenrelay.model.transformer.transformer import Transformer
 from tokenrelay.model.weights import resolve
@@ -52,29 +53,27 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         dtype: DType | Literal["auto"] = "auto",
+        quantization: Quantization = "auto",
         device: str = "auto",
         cache_dir: Path | None = None,
         ranks: Communicator | None = None,
     ) -> Engine:
         """From a short name, a GGUF file, a folder or a hub id, fetched if it is not here.
 
-        device ``auto``: CUDA if there is one. dtype ``auto``: bfloat16; on a CPU matrices that are stored in 8 or 4
-        bits stay so, and with ``int8`` all get 8. Raises ValueError where there is no such device, or it has no such
-        type.
+        device ``auto``: CUDA if there is one. dtype ``auto``: bfloat16. quantization ``auto``: on a CPU matrices that
+        are stored in 8 or 4 bits stay so. Raises ValueError where there is no such device, or it has no such
+        quantization.
         """
         source = resolve(model, cache_dir=cache_dir)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         check_device(torch.device(device))
-        if dtype == "int8" and device != "cpu":
-            raise ValueError(f"dtype int8 has no kernels on {device}; use auto or bfloat16")
         return cls.from_checkpoint(
             open_checkpoint(source),
             config or EngineConfig(),
-            dtype=torch.bfloat16 if dtype in ("auto", "int8") else getattr(torch, dtype),
+            dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
             device=ranks.device if ranks else torch.device(device),
-            keep_quantized=device == "cpu" and dtype in ("auto", "int8"),
-            in_8_bits=dtype == "int8",
+            quantization=quantization,
             ranks=ranks,
         )
 
@@ -86,8 +85,7 @@ class Engine:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        keep_quantized: bool = False,
-        in_8_bits: bool = False,
+        quantization: Quantization = "none",
         ranks: Communicator | None = None,
     ) -> Engine:
         """Load the network and allocate its KV cache. With ``ranks``, this rank's share of both.
@@ -108,13 +106,13 @@ class Engine:
             _check_room(config, context, num_blocks)
         model = load_transformer(
             model_config,
-            checkpoint.stored(dtype) if keep_quantized else checkpoint.tensors(dtype),
+            checkpoint.stored(dtype) if keeps_stored(quantization, device) else checkpoint.tensors(dtype),
             checkpoint.rules,
             max_model_len=context,  # what rope scaling may depend on: never on this machine's memory
             attention_sinks=config.attention_sinks,
             dtype=dtype,
             device=device,
-            in_8_bits=in_8_bits,
+            quantization=quantization,
             ranks=ranks,
         )
         window = _window(model_config, config, context)
@@ -138,6 +136,11 @@ class Engine:
     def vocab_size(self) -> int:
         """The network's, which may be larger than the tokenizer's."""
         return self.runner.model.config.vocab_size
+
+    @property
+    def weights(self) -> str:
+        """What they take and in how many bits they are, for the log."""
+        return describe_weights(self.runner.model)
 
     @property
     def streaming_context(self) -> int:

@@ -12,16 +12,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.config import ModelConfig, Quantization
 from tokenrelay.model.families import Rule
 from tokenrelay.model.quantized import Quantized, stacked
 from tokenrelay.model.transformer.attention import Attention
 from tokenrelay.model.transformer.communicator import Communicator
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.native_layers import replace_layers
-from tokenrelay.model.transformer.kernels.packed_linear import replace_linears
 from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm
 from tokenrelay.model.transformer.placing import Placed, WeightsError, placed
+from tokenrelay.model.transformer.quantization import (
+    check_quantization,
+    keeps_stored,
+    replace_embedding,
+    replace_linears,
+)
 from tokenrelay.model.transformer.rope import local_rotary_table, rotary_table
 from tokenrelay.model.transformer.sinusoids import SinusoidalPositions, sinusoidal_table
 from tokenrelay.model.transformer.tensor_parallel import Share, sum_over_ranks
@@ -37,12 +42,12 @@ def load_transformer(
     dtype: torch.dtype,
     device: torch.device,
     attention_sinks: int = 0,
-    in_8_bits: bool = False,
+    quantization: Quantization = "auto",
     ranks: Communicator | None = None,
 ) -> Transformer:
     """Build the network, fill it from (name, tensor) pairs as the rules say, and make it ready for ``device``.
 
-    Matrices that come quantized stay so where there are kernels for it; others are brought to 8 bits if ``in_8_bits``.
+    Matrices that come quantized stay so where there are kernels for it, unless ``quantization`` is another.
 
     With ``ranks`` it is this rank's share of the network, cut tensor by tensor: no rank ever holds the whole.
 
@@ -51,8 +56,10 @@ def load_transformer(
 
     Raises:
         WeightsError: the tensors do not fit the network.
-        ValueError: ``attention_sinks`` do not suit the network or the device, or the network as many ranks.
+        ValueError: ``attention_sinks`` do not suit the network or the device, ``quantization`` the device, or the
+            network as many ranks.
     """
+    check_quantization(quantization, device)
     if attention_sinks and device.type != "cpu":
         raise ValueError(f"attention_sinks is not supported on {device.type}; set it to 0")
     incoming = placed(tensors, rules, config)
@@ -63,9 +70,10 @@ def load_transformer(
     if ranks and ranks.rank:
         model.lm_head = nn.Identity()  # type: ignore[assignment] # only the leader samples
     packs = device.type == "cpu" and native.is_available()
-    quantized = _fill(model, incoming, keep_quantized=packs)
-    if packs:
-        replace_linears(model, quantized, in_8_bits)
+    quantized = _fill(model, incoming, keeps_stored(quantization, device))
+    if packs or device.type != "cpu":
+        replace_linears(model, quantized, quantization)
+        replace_embedding(model, quantized, quantization)
     if ranks:
         sum_over_ranks(model, ranks)
     elif packs:
@@ -152,7 +160,7 @@ def _fill(model: Transformer, tensors: Iterable[Placed], keep_quantized: bool) -
         if isinstance(tensor, Quantized) and keeps:
             _check_shape(name, tensor, rows)
             kept[matrix][start] = tensor
-        if not (matrix == target and keeps):
+        else:
             _copy(name, tensor.dequantized() if isinstance(tensor, Quantized) else tensor, rows)
         unfilled[target] -= end - start
     missing = sorted(name for name, rows in unfilled.items() if rows > 0)
@@ -172,7 +180,7 @@ def _rows_to_fill(parameters: Mapping[str, Tensor], config: ModelConfig) -> dict
 def _matrix_of(target: str, config: ModelConfig) -> str:
     """Which linear layer's matrix this is, if it is one: itself, or the head that an embedding is tied to."""
     if target == "embed_tokens.weight":
-        return "lm_head.weight" if config.tie_word_embeddings else ""
+        return "lm_head.weight" if config.tie_word_embeddings else target
     return target if target.endswith(("_proj.weight", "lm_head.weight")) else ""
 
 

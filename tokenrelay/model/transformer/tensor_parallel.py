@@ -62,6 +62,7 @@ class Share:
             num_kv_heads=max(1, config.num_kv_heads // size),
             intermediate_size=config.intermediate_size // size,
             experts=experts,
+            tie_word_embeddings=config.tie_word_embeddings and not self.rank,  # the others have no head to share with
         )
 
     def part(self, target: str, shard: str, tensor: Tensor | Quantized) -> Tensor | Quantized | None:

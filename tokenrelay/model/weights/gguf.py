@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from tokenrelay.model.config import ModelConfig
-from tokenrelay.model.quantized import Quantized
+from tokenrelay.model.quantized import GROUP, Quantized, quantize
 from tokenrelay.model.weights.gguf_config import config_from_gguf
 from tokenrelay.model.weights.gguf_header import TensorInfo
 from tokenrelay.model.weights.gguf_metadata import GGUFMetadata, read_gguf_metadata
-from tokenrelay.model.weights.gguf_quantized import STORED, quantized_from
+from tokenrelay.model.weights.gguf_quantized import NOT_QUANTIZED, TAKEN_APART, quantized_from
 from tokenrelay.model.weights.gguf_rules import gguf_rules
 
 # Elements dequantized at once: they fit the cache, a call per row would cost four times as much, and torch does not
@@ -53,28 +55,52 @@ class GGUFCheckpoint:
             yield name, _dequantized(info, self._data[info.path], self._metadata, dtype)
 
     def stored(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
-        """As ``tensors``, but matrices in Q8_0, Q4_0 or Q4_1 come as they are."""
+        """As ``tensors``, but quantized matrices come in 4 or 8 bits: as they are, or as near as can be told."""
+        kinds: Counter[str] = Counter()
         for name, info in self._metadata.tensors.items():
-            kind, blocks = _blocks(info, self._data[info.path], self._metadata)
-            if kind in STORED and len(info.shape) == 2:
-                yield name, quantized_from(blocks, kind, info.shape)
-            else:
-                yield name, _dequantized(info, self._data[info.path], self._metadata, dtype)
+            data = self._data[info.path]
+            kind, blocks = _blocks(info, data, self._metadata)
+            if kind in NOT_QUANTIZED or len(info.shape) != 2:
+                yield name, _dequantized(info, data, self._metadata, dtype)
+                continue
+            exact = kind in TAKEN_APART
+            stored = quantized_from(blocks, kind, info.shape) if exact else _in_8_bits(info, data, self._metadata)
+            kinds[f"{kind.name} in {stored.bits} bits"] += 1
+            yield name, stored
+        if kinds:
+            became = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            structlog.get_logger().info("quantized matrices", became=became)
+
+
+def _in_8_bits(info: TensorInfo, data: Bytes, metadata: GGUFMetadata) -> Quantized:
+    integers = torch.empty(info.shape, dtype=torch.int8)
+    scales = torch.empty(info.shape[0], info.shape[1] // GROUP, dtype=torch.float16)
+    chunks = torch.split(integers.view(-1), _CHUNK), torch.split(scales.view(-1), _CHUNK // GROUP)
+    for values, *chunk in zip(_pieces(info, data, metadata), *chunks, strict=True):
+        rounded = quantize(values.view(1, -1))
+        chunk[0].copy_(rounded.integers[0])
+        chunk[1].copy_(rounded.scales[0])
+    return Quantized(integers, scales)
 
 
 def _dequantized(info: TensorInfo, data: Bytes, metadata: GGUFMetadata, dtype: torch.dtype) -> torch.Tensor:
     """The tensor in ``dtype``, filled piece by piece so that no second copy of it is ever in memory."""
-    kind, blocks = _blocks(info, data, metadata)
     values = torch.empty(info.shape, dtype=dtype)
-    pieces = torch.split(values.view(-1), _CHUNK)
+    for piece, dequantized in zip(torch.split(values.view(-1), _CHUNK), _pieces(info, data, metadata), strict=True):
+        piece.copy_(dequantized)
+    return values
+
+
+def _pieces(info: TensorInfo, data: Bytes, metadata: GGUFMetadata) -> Iterator[torch.Tensor]:
+    """All elements in order, fp32, so many at a time."""
+    kind, blocks = _blocks(info, data, metadata)
     blocks_per_piece = _CHUNK // GGML_QUANT_SIZES[kind][0]
     try:
-        for i, piece in enumerate(pieces):
-            chunk = np.array(blocks[i * blocks_per_piece : (i + 1) * blocks_per_piece])
-            piece.copy_(torch.from_numpy(dequantize(chunk.reshape(1, -1), kind).ravel()))
+        for start in range(0, len(blocks), blocks_per_piece):
+            chunk = np.array(blocks[start : start + blocks_per_piece])
+            yield torch.from_numpy(dequantize(chunk.reshape(1, -1), kind).ravel())
     except NotImplementedError as error:
         raise metadata.error(f"tensor {info.name!r} has type {kind.name}, which cannot be dequantized") from error
-    return values
 
 
 def _blocks(info: TensorInfo, data: Bytes, metadata: GGUFMetadata) -> tuple[GGMLQuantizationType, Bytes]:

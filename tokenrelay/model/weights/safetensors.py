@@ -10,8 +10,10 @@ from safetensors import SafetensorError, safe_open
 
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.families import FAMILIES
+from tokenrelay.model.quantized import Quantized
 from tokenrelay.model.weights.config_reader import config_from_folder, read_json
 from tokenrelay.model.weights.errors import CheckpointError
+from tokenrelay.model.weights.quantized_safetensors import assembled, read_method
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -28,22 +30,43 @@ class SafetensorsCheckpoint:
         self._folder = folder
         self._config = config_from_folder(folder)
         self._shards = self._read_index()
+        self._method = read_method(read_json(folder / "config.json").get("quantization_config"))
         self.rules = FAMILIES[self._config.architecture].rules
 
     def config(self) -> ModelConfig:
         return self._config
 
-    def stored(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
-        """As ``tensors``: nothing in these files is quantized."""
-        return self.tensors(dtype)
+    def stored(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
+        """As ``tensors``, but matrices of few bits come so if our kernels can multiply them."""
+        for name, tensor in self._whole(keep=True):
+            yield name, tensor if isinstance(tensor, Quantized) else tensor.to(dtype)
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each tensor once, shard by shard."""
+        """Each tensor once, shard by shard; matrices of few bits dequantized."""
+        for name, tensor in self._whole(keep=False):
+            assert isinstance(tensor, torch.Tensor)
+            yield name, tensor.to(dtype)
+
+    def _whole(self, *, keep: bool) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
+        if self._method is None:
+            return self._files()
+        return assembled(self._files(), self._names(), self._method, keep=keep)
+
+    def _files(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the files hold, as they hold it."""
         for shard, names in self._shards.items():
             try:
                 with safe_open(shard, framework="pt") as file:
                     for name in names if names is not None else file.keys():
-                        yield name, file.get_tensor(name).to(dtype)
+                        yield name, file.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{shard}: {error}") from error
+
+    def _names(self) -> Iterator[str]:
+        for shard, names in self._shards.items():
+            try:
+                with safe_open(shard, framework="pt") as file:
+                    yield from names if names is not None else file.keys()
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{shard}: {error}") from error
 

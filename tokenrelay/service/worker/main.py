@@ -50,7 +50,8 @@ def run_worker(
     with Followers(settings) as followers:
         ranks = followers.connect()
         engine = load_engine(source, settings, ranks)
-        log.info("model loaded", model=source.name, seconds=round(time.perf_counter() - started, 2))
+        seconds = round(time.perf_counter() - started, 2)
+        log.info("model loaded", model=source.name, seconds=seconds, weights=engine.weights)
         tokenizer = Tokenizer.from_source(source)
         compiler = GrammarCompiler(tokenizer, vocab_size=engine.vocab_size)
         settings = settings.model_copy(update={"served_model_name": settings.served_model_name or source.name})
@@ -77,7 +78,14 @@ def load_engine(source: ModelSource, settings: Settings, ranks: Communicator | N
     )
     num_threads = settings.num_threads or len(os.sched_getaffinity(0))
     _use_threads(max(1, num_threads // settings.tensor_parallel_size))
-    engine = Engine.from_model(str(source.path), config, dtype=settings.dtype, device=settings.device, ranks=ranks)
+    engine = Engine.from_model(
+        str(source.path),
+        config,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        device=settings.device,
+        ranks=ranks,
+    )
     if ranks:
         ranks.await_all()
     return engine

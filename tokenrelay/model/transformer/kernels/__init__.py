@@ -61,8 +61,8 @@ def _like_first(x: Tensor, *_: Any) -> Tensor:
 
 _linear = _define(
     "linear",
-    "(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor",
-    lambda x, weight, bias, out_features: x.new_empty((x.shape[0], out_features)),
+    "(Tensor x, Tensor weight, Tensor? bias, int out_features, Tensor? scales=None) -> Tensor",
+    lambda x, weight, bias, out_features, scales=None: x.new_empty((x.shape[0], out_features)),
 )
 _quantized_linear = _define(
     "quantized_linear",
@@ -121,9 +121,12 @@ def block_size(device: torch.device, wanted: int) -> int:
     return -(-wanted // unit) * unit
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """x [T, K], weight [N, K] or panels [ceil(N / 16), K, 16], bias [N] -> [T, N]."""
-    return _linear(x, weight, bias, out_features)  # type: ignore[no-any-return]
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, scales: Tensor | None = None) -> Tensor:
+    """x [T, K], weight [N, K] or panels [ceil(N / 16), K, 16], bias [N] -> [T, N].
+
+    A weight of int8 has fp16 scales, [N, K / 32] or panels [ceil(N / 16), K / 32, 16]; x is multiplied as it is.
+    """
+    return _linear(x, weight, bias, out_features, scales)  # type: ignore[no-any-return]
 
 
 def quantized_linear(

@@ -11,9 +11,11 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+from tokenrelay.model.quantized import GROUP
 from tokenrelay.model.transformer.kernels import gathered, reference
 
 BLOCK_SIZE = 256  # FlashAttention 2 refuses pages that are not a multiple of it
@@ -117,6 +119,17 @@ def _flash_takes(q: Tensor, k_cache: Tensor) -> bool:
 def _has_flash() -> bool:
     """From Ampere on. Where no GPU is, as in the tests, one is assumed."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def quantized_linear(
+    x: Tensor, panels: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """Activations are not rounded: the weights are widened at every call, which saves memory, not time."""
+    integers = reference.unpack_integers(panels, out_features, 8 if minima is None else 4).to(x.dtype)
+    weight = integers.view(out_features, -1, GROUP) * reference.unpack(scales, out_features).to(x.dtype).unsqueeze(-1)
+    if minima is not None:
+        weight += reference.unpack(minima, out_features).to(x.dtype).unsqueeze(-1)
+    return F.linear(x, weight.flatten(1), bias)
 
 
 def _refuse(*, int8: bool = False, sinks: bool = False) -> None:

@@ -69,11 +69,11 @@ class AttentionParams(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    """A linear layer's weights; ``bits``: 4, 8, 16 (bf16) or 32."""
+    """A linear layer's weights; ``bits``: 4, 8, 16 (bf16) or 32. ``weight_only``: 8 bits, activations as they are."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("panels", "scales", "minima", "bias")),
-        *((name, c_int64) for name in ("in_features", "out_features", "bits")),
+        *((name, c_int64) for name in ("in_features", "out_features", "bits", "weight_only")),
     ]
 
 
@@ -157,7 +157,7 @@ def _function(name: str, *argtypes: Any) -> Callable[..., None]:
 
 
 _norm_arguments = (*(c_void_p,) * 5, c_int64, c_int64, c_float, c_int64)
-linear = _function("tr_linear", *(c_void_p,) * 4, *(c_int64,) * 4)
+linear = _function("tr_linear", *(c_void_p,) * 5, *(c_int64,) * 4)
 quantized_linear = _function("tr_quantized_linear", ctypes.POINTER(QuantizedLinear))
 rms_norm = _function("tr_rms_norm", *_norm_arguments)
 layer_norm = _function("tr_layer_norm", *_norm_arguments)

@@ -67,16 +67,23 @@ def _suits(x: Tensor, stored: Tensor, other: Tensor | None = None) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, scales: Tensor | None = None) -> Tensor:
     x = x.contiguous()
-    if weight.dim() != 3 or not _suits(x, weight) or (bias is not None and bias.dtype is not torch.float32):
-        return reference.linear(x, weight, bias, out_features)
+    suits = _suits(x, weight) or (scales is not None and x.dtype is torch.float32)
+    if weight.dim() != 3 or not suits or (bias is not None and bias.dtype is not torch.float32):
+        return reference.linear(x, weight, bias, out_features, scales)
     rows, in_features = x.shape
     out = x.new_empty((rows, out_features))
-    bias_address = None if bias is None else bias.data_ptr()
-    is_bf16 = weight.dtype is torch.bfloat16
     library.linear(
-        x.data_ptr(), weight.data_ptr(), bias_address, out.data_ptr(), rows, in_features, out_features, is_bf16
+        x.data_ptr(),
+        weight.data_ptr(),
+        library.address(scales, torch.float16),
+        library.address(bias, torch.float32),
+        out.data_ptr(),
+        rows,
+        in_features,
+        out_features,
+        8 * weight.itemsize,
     )
     return out
 

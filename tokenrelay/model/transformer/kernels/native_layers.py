@@ -182,6 +182,8 @@ def _matrix(linear: nn.Module) -> library.Matrix:
     bias = library.address(linear.bias, torch.float32)
     sizes = linear.in_features, linear.out_features
     if isinstance(linear, PackedLinear):
-        return library.Matrix(linear.weight.data_ptr(), None, None, bias, *sizes, 8 * linear.weight.itemsize)
+        scales = library.address(linear.scales, torch.float16)
+        bits = 8 * linear.weight.itemsize
+        return library.Matrix(linear.weight.data_ptr(), scales, None, bias, *sizes, bits, scales is not None)
     minima = library.address(linear.minima, torch.float16)
-    return library.Matrix(linear.panels.data_ptr(), linear.scales.data_ptr(), minima, bias, *sizes, 4 if minima else 8)
+    return library.Matrix(linear.panels.data_ptr(), linear.scales.data_ptr(), minima, bias, *sizes, linear.bits, False)

@@ -1,37 +1,52 @@
-"""Linear layers with packed weights: a replacement for ``nn.Linear``, made after the weights are loaded."""
+"""Linear layers whose weights are packed or of few bits: replacements for ``nn.Linear``, made after loading.
+
+They give single rows of W, too, so that an embedding tied to the head needs no copy of its own (``EmbeddingRows``).
+"""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from tokenrelay.model.quantized import Quantized, can_quantize, quantize
+from tokenrelay.model.quantized import Quantized
 from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kernels import native, reference
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b with W in panels [ceil(N / 16), K, 16], in the dtype it was loaded in (bf16 or fp32).
+    """y = x W^T + b with W in the dtype it was loaded in, or of 8 bits with scales; x is multiplied as it is.
 
-    Without the native library W stays [N, K] and becomes fp32, the dtype of the activations.
+    For the native library W is in panels [ceil(N / 16), K, 16] of bf16, fp32 or int8. Without it, and on other devices,
+    it stays [N, K], and becomes fp32 on a CPU, the dtype of the activations.
     """
 
     weight: Tensor
+    scales: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> None:
         """weight [N, K], bias [N]."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        stored = weight.detach() if weight.dtype in native.STORED else weight.detach().float()
-        self.register_buffer("weight", reference.pack(stored) if native.is_available() else stored.float())
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        values = weight.integers if isinstance(weight, Quantized) else _multiplied_as(weight.detach())
+        is_native = native.is_available() and values.device.type == "cpu"
+        lay_out = reference.pack if is_native else torch.Tensor.contiguous
+        self.register_buffer("weight", lay_out(values))
+        self.register_buffer("scales", lay_out(weight.scales) if isinstance(weight, Quantized) else None)
+        self.register_buffer("bias", _bias(bias, values.device))
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.weight.itemsize
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N]."""
-        return kernels.linear(x, self.weight, self.bias, self.out_features)
+        return kernels.linear(x, self.weight, self.bias, self.out_features, self.scales)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of W by their numbers: [T] -> [T, K]."""
+        values = _rows(self.weight, ids)
+        return values if self.scales is None else Quantized(values, _rows(self.scales, ids)).dequantized()
 
 
 class QuantizedLinear(nn.Module):
@@ -45,33 +60,51 @@ class QuantizedLinear(nn.Module):
     def __init__(self, weight: Quantized, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.bits = weight.bits
         self.register_buffer("panels", reference.pack_integers(weight.integers))
         self.register_buffer("scales", reference.pack(weight.scales))
         self.register_buffer("minima", None if weight.minima is None else reference.pack(weight.minima))
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.register_buffer("bias", _bias(bias, weight.integers.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N]."""
         return kernels.quantized_linear(x, self.panels, self.scales, self.minima, self.bias, self.out_features)
 
-
-@torch.no_grad()
-def replace_linears(module: nn.Module, quantized: Mapping[str, Quantized], in_8_bits: bool, path: str = "") -> None:
-    """Swap every ``nn.Linear`` below ``module`` for one with packed weights, one at a time, each original freed.
-
-    ``quantized``: weights that came with few bits, by name; the others get 8 if ``in_8_bits``, where groups fit.
-
-    A head tied to the embedding gets its own packed copy, since the embedding still needs its [V, D] rows: that costs
-    V x D once more (57 MB for SmolLM2-135M in bf16).
-    """
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, _packed(child, quantized.get(f"{path}{name}.weight"), in_8_bits))
-        else:
-            replace_linears(child, quantized, in_8_bits, f"{path}{name}.")
+    def rows(self, ids: Tensor) -> Tensor:
+        """As ``PackedLinear.rows``."""
+        one_wide = _rows(self.panels, ids).unsqueeze(2)  # each a panel of one column
+        integers = reference.unpack_integers(one_wide, len(ids), self.bits)
+        minima = None if self.minima is None else _rows(self.minima, ids)
+        return Quantized(integers, _rows(self.scales, ids), minima).dequantized()
 
 
-def _packed(linear: nn.Linear, weight: Quantized | None, in_8_bits: bool) -> nn.Module:
-    if weight is None and in_8_bits and can_quantize(linear.weight):
-        weight = quantize(linear.weight)
-    return PackedLinear(linear.weight, linear.bias) if weight is None else QuantizedLinear(weight, linear.bias)
+class EmbeddingRows(nn.Module):
+    """An embedding that reads its rows out of a packed matrix: that of the head which it is tied to, or its own."""
+
+    def __init__(self, matrix: PackedLinear | QuantizedLinear) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[T] -> [T, C]."""
+        return self.matrix.rows(ids)
+
+
+def _rows(stored: Tensor, ids: Tensor) -> Tensor:
+    """Of a matrix [N, ...] or of its panels [ceil(N / 16), ..., 16, ...]: rows are a panel's columns."""
+    if stored.dim() == 2:
+        return stored.index_select(0, ids)
+    return stored[ids // reference.PANEL_WIDTH, :, ids % reference.PANEL_WIDTH]
+
+
+def _multiplied_as(weight: Tensor) -> Tensor:
+    if weight.device.type != "cpu" or (native.is_available() and weight.dtype in native.STORED):
+        return weight
+    return weight.float()
+
+
+def _bias(bias: Tensor | None, device: torch.device) -> Tensor | None:
+    """On a CPU of the activations' dtype."""
+    if bias is None:
+        return None
+    return bias.detach().float() if device.type == "cpu" else bias.detach()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenrelay.model.quantized import GROUP
+from tokenrelay.model.quantized import GROUP, Quantized
 
 BLOCK_SIZE = 16  # keys of a vector
 PANEL_WIDTH = 16
@@ -42,16 +42,18 @@ def pack(weight: Tensor) -> Tensor:
     """[N, K] -> panels [ceil(N / 16), K, 16], the last one padded with zero columns."""
     out_features, in_features = weight.shape
     padded = F.pad(weight, (0, 0, 0, -out_features % PANEL_WIDTH))
-    return padded.view(-1, PANEL_WIDTH, in_features).transpose(1, 2).contiguous()
+    return padded.view(-1, PANEL_WIDTH, in_features).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def unpack(panels: Tensor, out_features: int) -> Tensor:
     """The inverse of ``pack``."""
-    return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:out_features]
+    return panels.transpose(1, 2).reshape(-1, panels.shape[1]).narrow(0, 0, out_features)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, scales: Tensor | None = None) -> Tensor:
     plain = unpack(weight, out_features) if weight.dim() == 3 else weight
+    if scales is not None:
+        plain = Quantized(plain, unpack(scales, out_features) if scales.dim() == 3 else scales).dequantized()
     return F.linear(x, plain.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -65,8 +67,9 @@ def pack_integers(integers: Tensor) -> Tensor:
     unsigned = (integers.to(torch.int16) + 128).to(torch.uint8) if integers.dtype is torch.int8 else integers
     padded = F.pad(unsigned, (0, 0, 0, -out_features % PANEL_WIDTH)).view(-1, PANEL_WIDTH, in_features // 4, 4)
     if integers.dtype is torch.uint8:
-        padded = padded[:, :, 0::2] | (padded[:, :, 1::2] << 4)
-    return padded.transpose(1, 2).contiguous()
+        first, second = padded.view(-1, PANEL_WIDTH, in_features // 8, 2, 4).unbind(3)
+        padded = first | (second << 4)
+    return padded.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def unpack_integers(panels: Tensor, out_features: int, bits: int) -> Tensor:
@@ -74,7 +77,7 @@ def unpack_integers(panels: Tensor, out_features: int, bits: int) -> Tensor:
     columns = panels.transpose(1, 2)
     if bits == 4:
         columns = torch.stack((columns & 15, columns >> 4), dim=3).flatten(2, 3)
-    integers = columns.reshape(-1, columns.shape[2] * 4)[:out_features].to(torch.int16)
+    integers = columns.reshape(-1, columns.shape[2] * 4).narrow(0, 0, out_features).to(torch.int16)
     return integers if bits == 4 else integers - 128
 
 

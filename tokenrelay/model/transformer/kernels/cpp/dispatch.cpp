@@ -67,9 +67,9 @@ int tr_set_isa(int isa) {
 int tr_num_threads() { return pool().num_threads(); }
 void tr_set_num_threads(int count) { pool().set_num_threads(count); }
 
-void tr_linear(const float* x, const void* panels, const float* bias, float* out, int64_t rows, int64_t in_features,
-               int64_t out_features, int64_t is_bf16) {
-    kernels->linear(x, panels, bias, out, rows, in_features, out_features, is_bf16);
+void tr_linear(const float* x, const void* panels, const uint16_t* scales, const float* bias, float* out, int64_t rows,
+               int64_t in_features, int64_t out_features, int64_t bits) {
+    kernels->linear(x, panels, scales, bias, out, rows, in_features, out_features, bits);
 }
 
 void tr_quantized_linear(const QuantizedLinear* params) { kernels->quantized_linear(params); }

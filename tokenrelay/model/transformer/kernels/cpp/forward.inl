@@ -2,12 +2,12 @@
 namespace {
 
 void multiply(const Forward& a, const Matrix& m, const float* x, float* out) {
-    if (m.bits <= 8) {
+    if (m.bits <= 8 && !m.weight_only) {
         QuantizedLinear of{x,   (const uint8_t*)m.panels, m.scales, m.minima,      m.bias,
                            out, a.scratch,                a.num_tokens, m.in_features, m.out_features, m.bits};
         quantized_linear(&of);
     } else {
-        linear(x, m.panels, m.bias, out, a.num_tokens, m.in_features, m.out_features, m.bits == 16);
+        linear(x, m.panels, m.scales, m.bias, out, a.num_tokens, m.in_features, m.out_features, m.bits);
     }
 }
 

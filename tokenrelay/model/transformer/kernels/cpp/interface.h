@@ -68,13 +68,13 @@ struct QuantizedLinear {
     int64_t rows, in_features, out_features, bits;
 };
 
-// A linear layer. bits: 4 or 8 as in QuantizedLinear, 16 for bf16 and 32 for float as in `linear`.
+// A linear layer. bits: 4 or 8 as in QuantizedLinear, or as in `linear`: 16 for bf16, 32 for float, 8 if weight_only.
 struct Matrix {
     const void* panels;
     const f16* scales;
     const f16* minima;
     const float* bias;
-    int64_t in_features, out_features, bits;
+    int64_t in_features, out_features, bits, weight_only;
 };
 
 struct Norm {
@@ -131,9 +131,9 @@ struct Forward {
 };
 
 struct Kernels {
-    // out[T, N] = x[T, K] @ panels[ceil(N / 16)][K][16] + bias[N]
-    void (*linear)(const float* x, const void* panels, const float* bias, float* out, int64_t rows,
-                   int64_t in_features, int64_t out_features, int64_t is_bf16);
+    // out[T, N] = x[T, K] @ panels[ceil(N / 16)][K][16] + bias[N]. bits: 32, 16 (bf16), or 8 with scales as above
+    void (*linear)(const float* x, const void* panels, const f16* scales, const float* bias, float* out, int64_t rows,
+                   int64_t in_features, int64_t out_features, int64_t bits);
     void (*quantized_linear)(const QuantizedLinear* params);
     // residual null: out = norm(x). Otherwise residual += x first and out = norm(residual). bias null is allowed.
     void (*rms_norm)(const float* x, float* residual, const void* weight, const void* bias, float* out, int64_t rows,

@@ -19,6 +19,7 @@ constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #endif
 constexpr size_t ROW_BLOCK = 96, PANEL_GROUP = 4;  // one task of linear: neither changes the bits
 constexpr size_t MAX_HEAD_DIM = 256;
+constexpr size_t GROUP = 32;  // elements along K with one scale
 
 constexpr size_t least(size_t a, size_t b) { return a < b ? a : b; }
 

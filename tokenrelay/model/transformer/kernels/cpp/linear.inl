@@ -1,4 +1,5 @@
 // linear: acc = 0, then acc = fma(x[k], w[k], acc) for k ascending, then + bias. Included by kernels.inl.
+// Weights of 8 bits have a scale for each group of 32 k; w[k] is their product in fp32.
 namespace {
 
 // The micro-kernel of both linear and attention: R rows times P panels of 16 columns, all accumulators in registers.
@@ -18,10 +19,31 @@ TR_INLINE void multiply(f32x16 (&acc)[R][P], const float* x, size_t x_stride, co
 
 struct Linear {
     const float* x;
+    const f16* scales;  // [panels][K / 32][16], or null
     const float* bias;
     float* out;
     size_t rows, in_features, out_features;
 };
+
+template <int R, int P, class W>
+TR_INLINE void accumulate(f32x16 (&acc)[R][P], const Linear& a, const float* x, const W* const (&w)[P], size_t) {
+    multiply(acc, x, a.in_features, w, 16, a.in_features);
+}
+
+template <int R, int P>
+TR_INLINE void accumulate(f32x16 (&acc)[R][P], const Linear& a, const float* x, const int8_t* const (&w)[P],
+                          size_t panel) {
+    const size_t groups = a.in_features / GROUP;
+    for (size_t g = 0; g < groups; g++) {
+        f32x16 scale[P];
+        for (int p = 0; p < P; p++) scale[p] = load_f16(a.scales + ((panel + p) * groups + g) * 16);
+        for (size_t k = g * GROUP; k < (g + 1) * GROUP; k++)
+            for (int p = 0; p < P; p++) {
+                const f32x16 column = mul(load(w[p] + k * 16), scale[p]);
+                for (int r = 0; r < R; r++) acc[r][p] = fma(broadcast(x[r * a.in_features + k]), column, acc[r][p]);
+            }
+    }
+}
 
 template <int R, int P, class W> void linear_tile(const Linear& a, const W* panels, size_t row, size_t panel) {
     f32x16 acc[R][P];
@@ -29,7 +51,7 @@ template <int R, int P, class W> void linear_tile(const Linear& a, const W* pane
     for (int p = 0; p < P; p++) w[p] = panels + (panel + p) * a.in_features * 16;
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++) acc[r][p] = broadcast(0.0f);
-    multiply(acc, a.x + row * a.in_features, a.in_features, w, 16, a.in_features);
+    accumulate(acc, a, a.x + row * a.in_features, w, panel);
     for (int p = 0; p < P; p++) {
         size_t column = (panel + p) * 16, width = a.out_features - column;
         for (int r = 0; r < R; r++) {
@@ -58,10 +80,11 @@ template <class W> void linear_of(const Linear& a, const W* panels) {
     });
 }
 
-void linear(const float* x, const void* panels, const float* bias, float* out, int64_t rows, int64_t in_features,
-            int64_t out_features, int64_t is_bf16) {
-    Linear a{x, bias, out, size_t(rows), size_t(in_features), size_t(out_features)};
-    if (is_bf16) linear_of(a, static_cast<const bf16*>(panels));
+void linear(const float* x, const void* panels, const f16* scales, const float* bias, float* out, int64_t rows,
+            int64_t in_features, int64_t out_features, int64_t bits) {
+    Linear a{x, scales, bias, out, size_t(rows), size_t(in_features), size_t(out_features)};
+    if (bits == 8) linear_of(a, static_cast<const int8_t*>(panels));
+    else if (bits == 16) linear_of(a, static_cast<const bf16*>(panels));
     else linear_of(a, static_cast<const float*>(panels));
 }
 

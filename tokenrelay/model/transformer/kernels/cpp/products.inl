@@ -1,8 +1,6 @@
 // Integer products of weights of 8 or 4 bits with activations of 8, by instruction set. All are exact.
 namespace {
 
-constexpr size_t GROUP = 32;
-
 // add_products: sums += (products of 16 columns over one group) << SHIFT, for R rows. Weights are unsigned and lie as [16][4]
 // bytes: 8 bits, four k after each other; 4 bits, four k in the low halves and the next four in the high ones.
 #if defined(TR_AVX512)

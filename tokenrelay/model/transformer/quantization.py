@@ -1,0 +1,125 @@
+"""``--quantization``: what takes the place of each ``nn.Linear`` once the weights are loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tokenrelay.model.config import Quantization
+from tokenrelay.model.quantized import Quantized, can_quantize, quantize, quantize_to_4_bits
+from tokenrelay.model.transformer.kernels import native
+from tokenrelay.model.transformer.kernels.fp8_linear import Fp8Linear, fits_fp8
+from tokenrelay.model.transformer.kernels.packed_linear import EmbeddingRows, PackedLinear, QuantizedLinear
+from tokenrelay.model.transformer.transformer import Transformer
+
+_ON_DEVICE: dict[str, tuple[Quantization, ...]] = {
+    "cpu": ("auto", "none", "int8", "int8-weight-only", "int4"),
+    "cuda": ("auto", "none", "int8-weight-only", "int4", "fp8"),
+}
+_ELSEWHERE: tuple[Quantization, ...] = ("auto", "none", "int8-weight-only", "int4")
+_HEAD, _EMBEDDING = "lm_head", "embed_tokens"
+
+
+def check_quantization(quantization: Quantization, device: torch.device) -> None:
+    """Raises ValueError: there is nothing to multiply such weights with on this device."""
+    known = _ON_DEVICE.get(device.type, _ELSEWHERE)
+    if quantization not in known:
+        raise ValueError(f"quantization {quantization} is not built for {device.type}; known: {', '.join(known)}")
+    if device.type == "cpu" and quantization not in ("auto", "none") and not native.is_available():
+        raise ValueError(f"quantization {quantization} needs native kernels. {native.why_unavailable()}")
+
+
+def keeps_stored(quantization: Quantization, device: torch.device) -> bool:
+    """Whether matrices that a checkpoint stores in few bits are wanted as they are.
+
+    On a GPU ``auto`` has them dequantized: it has no kernel of its own for them, and memory only if that is asked for.
+    """
+    if device.type == "cpu":
+        return quantization != "none" and native.is_available()
+    return quantization in ("int8-weight-only", "int4")
+
+
+@torch.no_grad()
+def replace_linears(
+    module: nn.Module, stored: Mapping[str, Quantized], quantization: Quantization, path: str = ""
+) -> None:
+    """Swap every ``nn.Linear`` below ``module``, one at a time, each original freed.
+
+    ``stored``: weights that came in few bits, by name. On a GPU what is not quantized stays as it is.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            weight = stored.get(f"{path}{name}.weight", child.weight)
+            setattr(module, name, _replacement(child, name, weight, quantization))
+        else:
+            replace_linears(child, stored, quantization, f"{path}{name}.")
+
+
+@torch.no_grad()
+def replace_embedding(model: Transformer, stored: Mapping[str, Quantized], quantization: Quantization) -> None:
+    """After the linear layers: an embedding that is tied reads the head's matrix, another has 8 bits where heads do."""
+    if model.config.tie_word_embeddings:
+        if isinstance(model.lm_head, PackedLinear | QuantizedLinear):
+            model.set_submodule(_EMBEDDING, EmbeddingRows(model.lm_head))
+        return
+    weight = stored.get(f"{_EMBEDDING}.weight", model.embed_tokens.weight)
+    if isinstance(weight, Quantized) and quantization == "auto":
+        model.set_submodule(_EMBEDDING, EmbeddingRows(QuantizedLinear(weight)))
+    elif quantization.startswith("int") and can_quantize(weight):
+        model.set_submodule(_EMBEDDING, EmbeddingRows(PackedLinear(_in_8_bits(weight))))
+
+
+def _replacement(linear: nn.Linear, name: str, weight: Tensor | Quantized, quantization: Quantization) -> nn.Module:
+    """Routers and gates of experts are small, and decide much: they are never quantized."""
+    if not can_quantize(weight) or not name.endswith(("_proj", _HEAD)):
+        quantization = "auto"
+    match quantization:
+        case "int8":
+            return QuantizedLinear(_in_8_bits(weight), linear.bias)
+        case "int8-weight-only":
+            return PackedLinear(_in_8_bits(weight), linear.bias)
+        case "int4":
+            return QuantizedLinear(_in_8_bits(weight) if name == _HEAD else _in_4_bits(weight), linear.bias)
+        case "fp8" if name != _HEAD and fits_fp8(linear.weight):
+            return Fp8Linear(linear.weight, linear.bias)
+    if isinstance(weight, Quantized):
+        return QuantizedLinear(weight, linear.bias)
+    return PackedLinear(weight, linear.bias) if weight.device.type == "cpu" else linear
+
+
+def _in_8_bits(weight: Tensor | Quantized) -> Quantized:
+    if isinstance(weight, Quantized):
+        return weight if weight.bits == 8 else quantize(weight.dequantized())
+    return quantize(weight)
+
+
+def _in_4_bits(weight: Tensor | Quantized) -> Quantized:
+    if isinstance(weight, Quantized):
+        return weight if weight.bits == 4 else quantize_to_4_bits(weight.dequantized())
+    return quantize_to_4_bits(weight)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of all parameters and of what replaced them, each counted once."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def describe_weights(model: nn.Module) -> str:
+    """For the log: "85 MB: 120 matrices in 4 bits, 1 in 8 bits"."""
+    kinds: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, PackedLinear | QuantizedLinear | Fp8Linear | nn.Linear):
+            kinds[_kind(module)] += 1
+    counts = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
+    return f"{weight_bytes(model) / 1e6:.0f} MB; matrices: {counts}"
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, QuantizedLinear) or (isinstance(module, PackedLinear) and module.scales is not None):
+        return f"{module.bits} bits"
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return str(weight.dtype).removeprefix("torch.")
