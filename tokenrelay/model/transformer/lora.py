@@ -97,7 +97,7 @@ class Adapters:
             if adapter_id:
                 rows.setdefault(adapter_id, []).append(torch.arange(start, start + count))
             start += count
-        device = self._model.embed_tokens.weight.device
+        device = _device(self._model)
         self._step.groups = [(self._loaded[name], torch.cat(own).to(device)) for name, own in rows.items()]
 
 
@@ -124,9 +124,14 @@ def update(first: int, a: Tensor, b: Tensor, scale: float, model: Transformer) -
 
 def _linear(weight: Tensor, model: Transformer) -> nn.Module:
     """In the type it came in where the native kernels multiply it: an adapter is small."""
-    like = model.embed_tokens.weight
-    if like.device.type == "cpu":
+    device = _device(model)
+    if device.type == "cpu":
         return PackedLinear(weight)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.to(like.device, like.dtype), requires_grad=False)
+    linear.weight = nn.Parameter(weight.to(device, model.activation_dtype), requires_grad=False)
     return linear
+
+
+def _device(model: Transformer) -> torch.device:
+    """Where its layers are: their norms are parameters, whatever became of the matrices."""
+    return next(model.layers.parameters()).device
