@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tokenrelay.model.transformer.lora import Adapter, Update, update
+from tokenrelay.model.transformer.lora import Adapter, Part, update
 from tokenrelay.model.transformer.transformer import Transformer
 from tokenrelay.model.weights.layouts import LAYOUTS
 from tokenrelay.model.weights.lora import TENSORS_FILE, LoRA, Matrix, digest_of, read_lora
@@ -19,16 +19,16 @@ from tokenrelay.model.weights.lora_config import LoRAError
 def load_adapter(folder: Path, digest: str, model: Transformer, max_rank: int) -> Adapter:
     """Made ready for ``model``. Raises LoRAError for files that are not those of ``digest``, or do not fit."""
     lora = read_lora(folder, model.config, max_rank)
-    updates: dict[str, list[Update]] = defaultdict(list)
+    parts: dict[str, list[Part]] = defaultdict(list)
     try:
         for matrix, a, b in _tensors(folder, lora):
             rows = LAYOUTS[matrix.layout](b, model.config) if matrix.layout else b
-            updates[matrix.target].append(update(matrix.first, a, rows, matrix.scale, model))
+            parts[matrix.target].append(Part(matrix.first, a, rows, matrix.scale))
         if digest_of(folder) != digest:  # only now: they might have changed while they were read
             raise LoRAError(f"{folder} has other content than when it was loaded; load it again")
     except (SafetensorError, OSError) as error:
         raise LoRAError(f"{folder}: {error}") from error
-    return dict(updates)
+    return {target: update(own, model) for target, own in parts.items()}
 
 
 def _tensors(folder: Path, lora: LoRA) -> Iterator[tuple[Matrix, Tensor, Tensor]]:

@@ -7,38 +7,55 @@ and rows of none share a forward pass. A step without adapters runs as if there 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear
+from tokenrelay.model.transformer.transfer import to_device
 from tokenrelay.model.transformer.transformer import Transformer
 
 ADAPTED = ("attention.qkv_proj", "attention.o_proj", "mlp.up_proj", "mlp.down_proj")  # of a layer
 
 
-class Update(NamedTuple):
-    """What an adapter adds to some columns of one matrix's output, from ``first`` on."""
+class Part(NamedTuple):
+    """What an adapter adds to some columns of one matrix's output, from ``first`` on, as it was trained."""
 
     first: int
-    a: nn.Module  # [T, K] → [T, rank]
-    b: nn.Module  # [T, rank] → [T, N]
+    a: Tensor  # [rank, K]
+    b: Tensor  # [N, rank]
     scale: float
 
-    def add_to(self, out: Tensor, x: Tensor) -> None:
-        added: Tensor = self.b(self.a(x)) * self.scale
-        out[:, self.first : self.first + added.shape[1]] += added
+
+Rows = slice | Tensor  # of a step; numbers where they are not one behind the other
 
 
-Adapter = Mapping[str, Sequence[Update]]  # by the name of the module whose output it changes
+class Update(NamedTuple):
+    """All parts of one matrix at once: their A one below the other, their B on the diagonal, scales multiplied in."""
+
+    first: int
+    a: nn.Module  # [T, K] → [T, ranks]
+    b: nn.Module  # [T, ranks] → [T, N]
+
+    def add_to(self, out: Tensor, x: Tensor, rows: Rows) -> None:
+        added = self.b(self.a(x[rows]))
+        columns = out.narrow(1, self.first, added.shape[1])
+        if isinstance(rows, slice):
+            columns[rows].add_(added)
+        else:
+            columns.index_add_(0, rows, added)
+
+
+Adapter = Mapping[str, Update]  # by the name of the module whose output it changes
 
 
 class _Step:
     """Which rows of the next forward pass are whose. One object, read by every ``LoRALinear``."""
 
     def __init__(self) -> None:
-        self.groups: Sequence[tuple[Adapter, Tensor]] = ()
+        self.groups: Sequence[tuple[Adapter, Rows]] = ()
 
 
 class LoRALinear(nn.Module):
@@ -51,14 +68,11 @@ class LoRALinear(nn.Module):
         self._step = step
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, K] → [T, N]. An adapter's rows are taken out, so their bits do not depend on others'."""
+        """x [T, K] → [T, N]. Each adapter sees its own rows alone, whose bits do not depend on their number."""
         out: Tensor = self.linear(x)
         for adapter, rows in self._step.groups:
-            if updates := adapter.get(self._name):
-                own_x, own_out = x[rows], out[rows]
-                for update in updates:
-                    update.add_to(own_out, own_x)
-                out[rows] = own_out
+            if update := adapter.get(self._name):
+                update.add_to(out, x, rows)
         return out
 
 
@@ -91,14 +105,21 @@ class Adapters:
 
     def use(self, spans: Sequence[tuple[str, int]]) -> None:
         """``spans``: the adapter's id ("": none) and the number of rows of each request, in the order of the rows."""
-        rows: dict[str, list[Tensor]] = {}
-        start = 0
-        for adapter_id, count in spans if self._loaded else ():
+        starts = accumulate((count for _, count in spans), initial=0)
+        own: dict[str, list[range]] = {}
+        for start, (adapter_id, count) in zip(starts, spans, strict=False):
             if adapter_id:
-                rows.setdefault(adapter_id, []).append(torch.arange(start, start + count))
-            start += count
+                own.setdefault(adapter_id, []).append(range(start, start + count))
         device = _device(self._model)
-        self._step.groups = [(self._loaded[name], torch.cat(own).to(device)) for name, own in rows.items()]
+        self._step.groups = [(self._loaded[name], _rows(ranges, device)) for name, ranges in own.items()]
+
+
+def _rows(ranges: Sequence[range], device: torch.device) -> Rows:
+    """A slice needs no copies."""
+    first, last = ranges[0], ranges[-1]
+    if last.stop - first.start == sum(map(len, ranges)):
+        return slice(first.start, last.stop)
+    return to_device(torch.tensor([*chain(*ranges)]), device)
 
 
 def _attach(model: Transformer, step: _Step) -> None:
@@ -117,9 +138,21 @@ def _attach(model: Transformer, step: _Step) -> None:
     model.run_layers = run_either  # type: ignore[method-assign, assignment]
 
 
-def update(first: int, a: Tensor, b: Tensor, scale: float, model: Transformer) -> Update:
-    """a [rank, K], b [N, rank], made ready for the device of ``model``."""
-    return Update(first, _linear(a, model), _linear(b, model), scale)
+def update(parts: Sequence[Part], model: Transformer) -> Update:
+    """Made ready for the device of ``model``."""
+    first = min(part.first for part in parts)
+    a = torch.cat([part.a for part in parts])
+    b = torch.zeros(max(part.first + len(part.b) for part in parts) - first, len(a))
+    for part, rank in zip(parts, accumulate((len(part.a) for part in parts), initial=0), strict=False):
+        row = part.first - first
+        b[row : row + len(part.b), rank : rank + len(part.a)] = part.b.float() * part.scale
+    return Update(first, _linear(a, model), _linear(_narrowed(b, a.dtype), model))
+
+
+def _narrowed(b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the type it came in, if the scale has rounded nothing: most are powers of two."""
+    narrow = b.to(dtype)
+    return narrow if torch.equal(narrow.float(), b) else b
 
 
 def _linear(weight: Tensor, model: Transformer) -> nn.Module:
