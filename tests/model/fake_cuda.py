@@ -31,10 +31,24 @@ def fake_cuda() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         for name in kernels._names:
             patch.setattr(kernels, f"_{name}", getattr(cuda, name, None) or getattr(reference, name))
-        for name, method in _METHODS.items():
-            patch.setattr(Tensor, name, method)
-        with FakeTensorMode():
+        with _fake_methods(), FakeTensorMode():
             yield
+
+
+@contextmanager
+def _fake_methods() -> Iterator[None]:
+    """What ``Tensor`` inherits is inherited again afterwards: set, it would be the class's own, with other slots."""
+    own = {name: vars(Tensor)[name] for name in _METHODS if name in vars(Tensor)}
+    for name, method in _METHODS.items():
+        setattr(Tensor, name, method)
+    try:
+        yield
+    finally:
+        for name in _METHODS:
+            if name in own:
+                setattr(Tensor, name, own[name])
+            else:
+                delattr(Tensor, name)
 
 
 _real_to = Tensor.to

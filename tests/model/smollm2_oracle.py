@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tokenrelay.model.transformer.placing import Placed, placed
 from tokenrelay.model.weights.checkpoint import open_checkpoint
 from tokenrelay.model.weights.sources import resolve
 
@@ -28,5 +29,20 @@ def load_oracle(path: Path) -> LlamaForCausalLM:
         tie_word_embeddings=c.tie_word_embeddings,
     )
     model = LlamaForCausalLM(config)
-    model.load_state_dict(dict(checkpoint.tensors(torch.float32)), strict=False)
+    tensors = placed(checkpoint.tensors(torch.float32), checkpoint.rules, c)
+    found = model.load_state_dict({_name(one): one.tensor for one in tensors}, strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == (["lm_head.weight"], [])  # it is tied
     return model.eval()
+
+
+def _name(one: Placed) -> str:
+    """As transformers calls it."""
+    merged = f"{one.shard}_proj"
+    theirs = {
+        "attention_norm": "input_layernorm",
+        "attention": "self_attn",
+        "qkv_proj": merged,
+        "mlp_norm": "post_attention_layernorm",
+        "up_proj": merged,
+    }
+    return ".".join(["model", *(theirs.get(part, part) for part in one.target.split("."))])

@@ -107,12 +107,13 @@ def requests() -> list[Request]:
 
 
 @pytest.mark.skipif(not native.is_available(), reason="stock torch products depend on the batch")
-def test_replayed_steps_give_the_ids_of_eager_ones(engine: Engine) -> None:
+def test_replayed_steps_give_the_ids_of_eager_ones(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = generate(engine, requests())
     runner, recorder = engine.runner, Recorder()
     eager = runner.executor
     assert isinstance(eager, EagerExecutor)
-    runner.executor = GraphExecutor(eager, recorder, max_num_seqs=CONFIG.max_num_seqs, max_blocks=4)
+    replaying = GraphExecutor(eager, recorder, max_num_seqs=CONFIG.max_num_seqs, max_blocks=4)
+    monkeypatch.setattr(runner, "executor", replaying)
     assert generate(engine, requests()) == expected
     assert set(recorder.replays) == {1, 2, 4}  # as requests end; prompts are computed eagerly
 

@@ -1,7 +1,4 @@
-"""The CUDA operations are registered as on a machine with a GPU: fake tensors have that device.
-
-``restored_settings``: a test may choose instruction set and threads of the native kernels, and has the same numbers.
-"""
+"""A test may choose instruction set and threads of the native kernels, and has the same numbers."""
 
 from __future__ import annotations
 
@@ -10,14 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tokenrelay.model.transformer import kernels
-from tokenrelay.model.transformer.kernels import cuda, native
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _cuda_operations() -> None:
-    if not torch.cuda.is_available():
-        kernels.register("cuda", cuda)
+from tokenrelay.model.transformer.kernels import native
 
 
 @pytest.fixture
