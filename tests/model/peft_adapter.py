@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GPT2 = ("c_attn", "c_proj", "c_fc")
+NEOX = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
+GPTJ = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")
 
 
 class PeftAdapter:

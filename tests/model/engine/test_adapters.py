@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.model.peft_adapter import GPT2, LLAMA, PeftAdapter
+from tests.model.families.networks import TINY
+from tests.model.peft_adapter import GPT2, GPTJ, LLAMA, NEOX, PeftAdapter
 from tests.model.weights.networks import tiny_gpt2, tiny_llama
 from tokenrelay.model.config import EngineConfig
 from tokenrelay.model.engine.adapter_loading import load_adapter
@@ -89,10 +90,12 @@ def logits_of(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
         (tiny_llama, LLAMA, {}),
         (tiny_llama, ("k_proj", "up_proj"), {"use_rslora": True}),
         (tiny_gpt2, GPT2, {"fan_in_fan_out": True}),
+        (TINY["gpt_neox"], NEOX, {}),  # q, k and v of a head side by side
+        (TINY["gptj"], GPTJ, {}),  # other elements of a head rotated together
     ],
 )
 def test_it_computes_what_the_merged_weights_do(
-    tmp_path: Path, make: type[PreTrainedModel], targets: tuple[str, ...], fields: dict[str, Any]
+    tmp_path: Path, make: Callable[[], PreTrainedModel], targets: tuple[str, ...], fields: dict[str, Any]
 ) -> None:
     make().save_pretrained(tmp_path / "base")
     adapter = PeftAdapter(make(), targets, **fields)
@@ -161,18 +164,30 @@ def test_a_resumed_request_says_the_same(base: Path, one: Path) -> None:
     assert run(other, resumed)["r"][0] == whole[9:]
 
 
-def test_steps_without_adapters_take_the_fast_path(base: Path, one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_one_call_with_adapters_or_without(base: Path, one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(base)
     taken: list[str] = []
     for kind, method in ((NativeLayers, "__call__"), (Transformer, "run_layers")):
         monkeypatch.setattr(kind, method, _noting(taken, kind.__name__, getattr(kind, method)))
     before = run(engine, asking("r", ""))
     name = put(engine, one)
+    assert run(engine, asking("r", name)) != before
     assert run(engine, asking("r", "")) == before
     assert set(taken) == {"NativeLayers"}
-    taken.clear()
-    run(engine, asking("r", name))
-    assert set(taken) == {"Transformer"}
+
+
+def test_one_call_gives_the_bits_of_many(base: Path, one: Path, two: Path) -> None:
+    """Rows of an adapter stand apart and side by side, as requests begin and end."""
+    found = []
+    for layers_at_once in (True, False):
+        engine = engine_of(base, max_num_seqs=16, max_num_batched_tokens=16)
+        names = ["", put(engine, one), put(engine, two)]
+        if not layers_at_once:
+            del engine.runner.model.run_layers
+        asked = enumerate([*names, *names, names[1], names[1]])
+        requests = [asking(str(index), name, PROMPT[index % 3 :]) for index, name in asked]
+        found.append(run(engine, *requests))
+    assert found[0] == found[1]
 
 
 def _noting(taken: list[str], name: str, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from tokenrelay.model.engine.pooling import pool
 from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.engine.step import Sampled, ScheduledRequest, SchedulerOutput
 from tokenrelay.model.sampling_params import TokenLogprobs
-from tokenrelay.model.transformer.lora import Adapters
+from tokenrelay.model.transformer.adapters import Adapters
 from tokenrelay.model.transformer.transfer import to_device
 from tokenrelay.model.transformer.transformer import Transformer
 

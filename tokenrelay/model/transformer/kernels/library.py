@@ -87,12 +87,24 @@ class Layer(ctypes.Structure):
     _fields_ = [
         *((name, Norm) for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")),
         *((name, Norm) for name in ("q_norm", "k_norm")),
-        *((name, Matrix) for name in ("qkv", "out", "up", "down")),
+        ("matrices", Matrix * 4),  # by ``enum MatrixOfLayer``
         ("cache", KVCache),
         ("sink_logits", c_void_p),
         *((name, c_int64) for name in ("window", "num_sinks", "rotation")),
         ("scale", c_float),
     ]
+
+
+class Update(ctypes.Structure):
+    """What an adapter adds to one matrix's output; all zeros: nothing."""
+
+    _fields_ = [("a", Matrix), ("b", Matrix), ("first", c_int64)]
+
+
+class AdaptedRows(ctypes.Structure):
+    """Rows of a step, one behind the other, that use the same adapter."""
+
+    _fields_ = [("updates", ctypes.POINTER(Update)), ("start", c_int64), ("count", c_int64)]
 
 
 class Network(ctypes.Structure):
@@ -116,7 +128,9 @@ class Forward(ctypes.Structure):
         *((name, c_void_p) for name in ("x", "residual", "normed", "wide", "narrow", "q", "q_sink", "scratch")),
         *((name, c_void_p) for name in ("cos_sin", "positions", "sink_positions", "slots", "nowhere")),
         *((name, c_void_p) for name in ("block_tables", "query_start", "seq_lens")),
-        *((name, c_int64) for name in ("num_tokens", "num_requests", "max_blocks")),
+        ("adapted", ctypes.POINTER(AdaptedRows)),
+        *((name, c_void_p) for name in ("low", "added")),
+        *((name, c_int64) for name in ("num_tokens", "num_requests", "max_blocks", "num_adapted")),
     ]
 
 

@@ -16,6 +16,7 @@ from tokenrelay.model.transformer.kernels import library, native, native_attenti
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, QuantizedLinear
 from tokenrelay.model.transformer.kv_cache import LayerCache
 from tokenrelay.model.transformer.layers import MLP
+from tokenrelay.model.transformer.lora import ADAPTED, Adapter, Update
 from tokenrelay.model.transformer.transformer import Transformer
 
 OBEYED = {  # here or in forward.inl; any other switch that is set takes the layers one by one
@@ -73,6 +74,13 @@ class NativeLayers:
         self._scratch = native.scratch_size(max(widths, default=0))  # bytes per token
         self._wide = max(linear.out_features for linear in linears)
         self._narrow = max(linear.in_features for linear in linears)
+        self.adapt([])
+
+    def adapt(self, rows: Sequence[tuple[NativeAdapter, range]]) -> None:
+        """Which rows of the steps from now on use which adapter."""
+        self._adapters = [adapter for adapter, _ in rows]
+        spans = ((adapter.updates, own.start, len(own)) for adapter, own in rows)
+        self._adapted = (library.AdaptedRows * len(rows))(*(library.AdaptedRows(*span) for span in spans))
 
     def __call__(
         self,
@@ -91,6 +99,8 @@ class NativeLayers:
         wide, narrow = x.new_empty((rows, self._wide)), x.new_empty((rows, self._narrow))
         q = x.new_empty((2, rows, config.q_size))
         scratch = x.new_empty(rows * self._scratch, dtype=torch.uint8)
+        low = x.new_empty((rows, max((adapter.rank for adapter in self._adapters), default=0)))
+        added = x.new_empty((rows if self._adapters else 0, self._wide))
         sinks = metadata.sink_positions
         nowhere = None if sinks is None else torch.full_like(metadata.slot_mapping, -1)
         indices = positions, sinks, metadata.slot_mapping, nowhere
@@ -104,8 +114,12 @@ class NativeLayers:
                 library.address(rotary, torch.float32),
                 *(library.address(tensor, torch.int64) for tensor in indices),
                 *(library.address(tensor, torch.int32) for tensor in tables),
+                self._adapted,
+                low.data_ptr(),
+                added.data_ptr(),
                 rows,
                 *metadata.block_tables.shape,
+                len(self._adapted),
             )
         )
         return normed if config.final_norm else residual
@@ -116,6 +130,20 @@ class NativeLayers:
         for layer, cache in zip(self._layers, described, strict=True):
             layer.cache = cache or library.KVCache()
         self._cache = kv_cache
+
+
+class NativeAdapter:
+    """An adapter's updates as the native call reads them."""
+
+    def __init__(self, adapter: Adapter, num_layers: int) -> None:
+        self._adapter = adapter  # alive as long as its addresses are in use
+        names = [f"layers.{layer}.{name}" for layer in range(num_layers) for name in ADAPTED]
+        self.updates = (library.Update * len(names))(*(_update(adapter.get(name)) for name in names))
+        self.rank = max(update.a.out_features for update in self.updates)
+
+
+def _update(update: Update | None) -> library.Update:
+    return library.Update(_matrix(update.a), _matrix(update.b), update.first) if update else library.Update()
 
 
 def _network(model: Transformer, layers: ctypes.Array[library.Layer]) -> library.Network:
@@ -149,7 +177,7 @@ def _layer(model: Transformer, index: int) -> library.Layer:
     return library.Layer(
         *map(_norm, _norms(module, model.config)),
         *map(_norm, (attention.q_norm, attention.k_norm)),
-        *map(_matrix, _linears(module)),
+        (library.Matrix * 4)(*map(_matrix, _linears(module))),
         library.KVCache(),
         library.address(attention.sinks, torch.float32),
         attention.window,

@@ -1,13 +1,30 @@
 // forward: all layers of a decoder for one step, as transformer.py spells them out, in one call instead of hundreds.
 namespace {
 
-void multiply(const Forward& a, const Matrix& m, const float* x, float* out) {
+void add_update(const Forward& a, const Update& update, const AdaptedRows& of, int64_t out_features, const float* x,
+                float* out) {
+    const Matrix &down = update.a, &up = update.b;
+    const int64_t width = up.out_features;
+    linear(x + of.start * down.in_features, down.panels, nullptr, nullptr, a.low, of.count, down.in_features,
+           down.out_features, down.bits);
+    linear(a.low, up.panels, nullptr, nullptr, a.added, of.count, up.in_features, width, up.bits);
+    parallel_rows(of.count, width, [=, from = a.added, to = out + of.start * out_features + update.first](size_t row) {
+        for (int64_t i = 0; i < width; i++) to[row * out_features + i] += from[row * width + i];
+    });
+}
+
+void multiply(const Forward& a, const Layer& layer, MatrixOfLayer which, const float* x, float* out) {
+    const Matrix& m = layer.matrices[which];
     if (m.bits <= 8 && !m.weight_only) {
         QuantizedLinear of{x,   (const uint8_t*)m.panels, m.scales, m.minima,      m.bias,
                            out, a.scratch,                a.num_tokens, m.in_features, m.out_features, m.bits};
         quantized_linear(&of);
     } else {
         linear(x, m.panels, m.scales, m.bias, out, a.num_tokens, m.in_features, m.out_features, m.bits);
+    }
+    for (int64_t i = 0; i < a.num_adapted; i++) {
+        const Update& update = a.adapted[i].updates[(&layer - a.network.layers) * MATRICES + which];
+        if (update.a.panels) add_update(a, update, a.adapted[i], m.out_features, x, out);
     }
 }
 
@@ -61,7 +78,7 @@ void rotate(const Forward& a, const Layer& layer, const int64_t* positions, cons
 
 void attend(const Forward& a, const Layer& layer, const float* hidden) {
     const Network& n = a.network;
-    multiply(a, layer.qkv, hidden, a.wide);
+    multiply(a, layer, QKV, hidden, a.wide);
     if (layer.q_norm.weight) normalise_heads(a, layer);
     rotate(a, layer, a.positions, a.slots, a.q);
     if (a.q_sink) rotate(a, layer, a.sink_positions, a.nowhere, a.q_sink);
@@ -69,13 +86,13 @@ void attend(const Forward& a, const Layer& layer, const float* hidden) {
                               layer.sink_logits, a.narrow,    a.num_requests, a.max_blocks,   n.num_heads,   layer.window,
                               layer.num_sinks,   layer.scale, n.softcap};
     paged_attention(&attention);
-    multiply(a, layer.out, a.narrow, a.x);
+    multiply(a, layer, OUT, a.narrow, a.x);
 }
 
 void feed_forward(const Forward& a, const Layer& layer, const float* hidden, float* out) {
-    multiply(a, layer.up, hidden, a.wide);
-    activation(a.wide, a.narrow, a.num_tokens, layer.down.in_features, a.network.activation, a.network.gated);
-    multiply(a, layer.down, a.narrow, out);
+    multiply(a, layer, UP, hidden, a.wide);
+    activation(a.wide, a.narrow, a.num_tokens, layer.matrices[DOWN].in_features, a.network.activation, a.network.gated);
+    multiply(a, layer, DOWN, a.narrow, out);
 }
 
 void add_in_turn(const Forward& a, const Layer& layer) {

@@ -84,15 +84,30 @@ struct Norm {
 
 enum Rotation { UNROTATED, ROTATED, ROTATED_LOCALLY };
 
+enum MatrixOfLayer { QKV, OUT, UP, DOWN, MATRICES };
+
 // Norms without a weight are left out.
 struct Layer {
     Norm attention_norm, attention_post_norm, mlp_norm, mlp_post_norm;  // of what goes in and of what comes out
     Norm q_norm, k_norm;
-    Matrix qkv, out, up, down;
+    Matrix matrices[MATRICES];
     KVCache cache;
     const float* sink_logits;  // [H], or null
     int64_t window, num_sinks, rotation;
     float scale;
+};
+
+// What an adapter adds to the output of one matrix, from column `first` on: b (a x), neither quantized nor with a bias.
+// Of a matrix that it leaves alone a.panels is null.
+struct Update {
+    Matrix a, b;
+    int64_t first;
+};
+
+// Rows that stand one behind the other and use the same adapter.
+struct AdaptedRows {
+    const Update* updates;  // [layers][MATRICES]
+    int64_t start, count;
 };
 
 // What is the same in every step.
@@ -127,7 +142,10 @@ struct Forward {
     const int32_t* block_tables;
     const int32_t* query_start;
     const int32_t* seq_lens;
-    int64_t num_tokens, num_requests, max_blocks;
+    const AdaptedRows* adapted;     // [num_adapted]
+    float* low;                     // [T, the highest rank of an update], if any rows are adapted
+    float* added;                   // as wide
+    int64_t num_tokens, num_requests, max_blocks, num_adapted;
 };
 
 struct Kernels {
