@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 from redis.asyncio import Redis
 
@@ -77,7 +76,11 @@ async def test_it_takes_over_at_once_what_a_dead_worker_held(
         await submit(queue, "a")
         assert len(await queue.claim("dead", 1)) == 1
         await queue.evict("dead")
-        await wait_until(lambda: token_log.read("a"))
+
+        async def written() -> bool:
+            return bool(await token_log.read("a"))
+
+        await wait_until(written)
 
 
 async def test_it_claims_when_a_worker_hangs_or_drains(
