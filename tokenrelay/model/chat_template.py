@@ -73,6 +73,7 @@ class ChatTemplate:
         template = self._compiled
         try:
             text = template.render(self._special_tokens | extra | given)
+            text.encode()  # half a surrogate pair is no text, and a ValueError
         except _TEMPLATE_FAULTS as error:
             raise ChatTemplateError(f"the model's chat template refused the messages: {error}") from error
         return _up_to_end(text) if continue_final_message else text

@@ -54,11 +54,18 @@ def can_quantize(weight: Tensor | Quantized) -> bool:
 
 def quantize(weight: Tensor) -> Quantized:
     """The nearest 8-bit integers: the largest of a group becomes 127 or -127. Scales are fp16, rounded first."""
-    groups = weight.detach().float().reshape(weight.shape[0], -1, GROUP)
+    chunks = torch.split(weight.detach().reshape(-1, GROUP), _CHUNK)
+    integers, scales = (torch.cat(parts) for parts in zip(*map(_nearest, chunks), strict=True))
+    return Quantized(integers.view(weight.shape), scales.view(weight.shape[0], -1))
+
+
+def _nearest(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Of [G, 32]: int8, and scales [G]."""
+    groups = groups.float()
     scales = (groups.abs().amax(-1) / LARGEST).half()
     factors = torch.where(scales > 0, scales.float().reciprocal(), 0.0)
     integers = (groups * factors.unsqueeze(-1)).round_().clamp_(-LARGEST, LARGEST)
-    return Quantized(integers.to(torch.int8).view(weight.shape), scales)
+    return integers.to(torch.int8), scales
 
 
 def quantize_to_4_bits(weight: Tensor) -> Quantized:

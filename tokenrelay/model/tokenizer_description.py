@@ -69,11 +69,16 @@ def _from_folder(folder: Path) -> TokenizerDescription:
     spellings = {name: _spelling(settings.get(name)) for name in _SPECIAL_NAMES}
     special_tokens = {name: spelling for name, spelling in spellings.items() if spelling is not None}
     backend = _load(folder)
+    unknown = getattr(backend.model, "unk_token", None)
+    if unknown is not None and unknown not in backend.get_vocab():
+        raise CheckpointError(
+            f"{folder}: tokenizer.json has no token {unknown[:64]!r}, which it names as the unknown one"
+        )
     decoder = _decoder_parts(backend)
     sentencepiece = "ByteFallback" in decoder
     if not sentencepiece and decoder != ["ByteLevel"]:
         raise UnsupportedModelError(f"{folder}: a tokenizer that decodes by {decoder or 'nothing'} is not supported")
-    eos = backend.token_to_id(special_tokens.get("eos_token", ""))
+    eos = backend.get_vocab().get(special_tokens.get("eos_token", ""))
     return TokenizerDescription(
         load=lambda: _load(folder),
         token_bytes=_sentencepiece_bytes if sentencepiece else _byte_level_bytes,
@@ -116,7 +121,8 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
         return path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(named, {}).get("template")
     return template if isinstance(template, str) else None
 
 

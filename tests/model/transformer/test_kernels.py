@@ -18,7 +18,7 @@ from tests.model.transformer.paged_request import BLOCK, PagedRequest, cpu_cache
 from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kernels import native, reference
 from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear
-from tokenrelay.model.transformer.quantization import replace_linears
+from tokenrelay.model.transformer.quantization import replace_matrix
 
 WITHOUT_LIBRARY = """
 import torch
@@ -65,11 +65,12 @@ def test_linear_equals_the_reference(rows: int, features: tuple[int, int], dtype
     close(PackedLinear(layer.weight)(x), expected - layer.bias)
 
 
-def test_replace_linears_keeps_the_function() -> None:
+def test_replacing_linear_layers_keeps_the_function() -> None:
     network = nn.Sequential(nn.Linear(20, 30), nn.Sequential(nn.ReLU(), nn.Linear(30, 17, bias=False)))
     x = torch.randn(4, 20)
     before = network(x)
-    replace_linears(network, {}, "auto")
+    for path in ("0", "1.1"):
+        replace_matrix(network, path, None, "auto")
     assert not any(isinstance(module, nn.Linear) for module in network.modules())
     close(network(x), before)
 

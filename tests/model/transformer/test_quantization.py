@@ -23,8 +23,7 @@ from tokenrelay.model.transformer.loading import load_transformer, materialise
 from tokenrelay.model.transformer.quantization import (
     check_quantization,
     describe_weights,
-    replace_embedding,
-    replace_linears,
+    replace_matrix,
     weight_bytes,
 )
 from tokenrelay.model.transformer.transformer import Transformer
@@ -130,7 +129,7 @@ def test_the_log_says_how_many_bits() -> None:
 def test_what_does_not_divide_into_groups_stays_as_it_is() -> None:
     network = nn.Sequential()
     network.add_module("up_proj", nn.Linear(48, 20))
-    replace_linears(network, {}, "int8")
+    replace_matrix(network, "up_proj", None, "int8")
     assert isinstance(network.up_proj, PackedLinear)
     assert network.up_proj.scales is None
 
@@ -218,8 +217,8 @@ def test_a_step_on_a_gpu_has_the_right_shapes(quantization: Quantization, kind: 
         model = Transformer(LLAMA, 64).to(bf16)
     with FakeTensorMode():
         materialise(model, cuda)
-        replace_linears(model, {}, quantization)
-        replace_embedding(model, {}, quantization)
+        for path in [path for path, _ in model.named_modules()]:
+            replace_matrix(model, path, None, quantization)
         x = torch.empty(5, LLAMA.hidden_size, dtype=bf16, device=cuda)
         widened = model.get_submodule("layers.0.mlp.up_proj")(x)
         embedded = model.embed_tokens(torch.empty(5, dtype=torch.int64, device=cuda))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ _ON_DEVICE: dict[str, tuple[Quantization, ...]] = {
     "cuda": ("auto", "none", "int8-weight-only", "int4", "fp8"),
 }
 _ELSEWHERE: tuple[Quantization, ...] = ("auto", "none", "int8-weight-only", "int4")
-_HEAD, _EMBEDDING = "lm_head", "embed_tokens"
+HEAD, EMBEDDING = "lm_head", "embed_tokens"
 
 
 def check_quantization(quantization: Quantization, device: torch.device) -> None:
@@ -43,38 +42,39 @@ def keeps_stored(quantization: Quantization, device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def replace_linears(
-    module: nn.Module, stored: Mapping[str, Quantized], quantization: Quantization, path: str = ""
-) -> None:
-    """Swap every ``nn.Linear`` below ``module``, one at a time, each original freed.
+def replace_matrix(model: nn.Module, path: str, stored: Quantized | None, quantization: Quantization) -> None:
+    """Swap the linear layer or the embedding at ``path``, its weights complete; any other module stays.
 
-    ``stored``: weights that came in few bits, by name. On a GPU what is not quantized stays as it is.
+    ``stored``: its matrix, if that came in few bits. On a GPU what is not quantized stays as it is.
     """
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            weight = stored.get(f"{path}{name}.weight", child.weight)
-            setattr(module, name, _replacement(child, name, weight, quantization))
-        else:
-            replace_linears(child, stored, quantization, f"{path}{name}.")
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Linear):
+        weight = module.weight if stored is None else stored
+        replacement = _replacement(module, path.rpartition(".")[2], weight, quantization)
+        model.set_submodule(path, replacement)
+        if path == HEAD and isinstance(model, Transformer) and model.config.tie_word_embeddings:
+            _tie_embedding(model, replacement)
+    elif isinstance(module, nn.Embedding) and path == EMBEDDING:
+        _replace_embedding(model, module.weight if stored is None else stored, quantization)
 
 
-@torch.no_grad()
-def replace_embedding(model: Transformer, stored: Mapping[str, Quantized], quantization: Quantization) -> None:
-    """After the linear layers: an embedding that is tied reads the head's matrix, another has 8 bits where heads do."""
-    if model.config.tie_word_embeddings:
-        if isinstance(model.lm_head, PackedLinear | QuantizedLinear):
-            model.set_submodule(_EMBEDDING, EmbeddingRows(model.lm_head))
-        return
-    weight = stored.get(f"{_EMBEDDING}.weight", model.embed_tokens.weight)
+def _tie_embedding(model: Transformer, head: nn.Module) -> None:
+    """It reads the head's matrix, if that is another now."""
+    if isinstance(head, PackedLinear | QuantizedLinear):
+        model.set_submodule(EMBEDDING, EmbeddingRows(head))
+
+
+def _replace_embedding(model: nn.Module, weight: Tensor | Quantized, quantization: Quantization) -> None:
+    """An embedding of its own has 8 bits where heads do."""
     if isinstance(weight, Quantized) and quantization == "auto":
-        model.set_submodule(_EMBEDDING, EmbeddingRows(QuantizedLinear(weight)))
+        model.set_submodule(EMBEDDING, EmbeddingRows(QuantizedLinear(weight)))
     elif quantization.startswith("int") and can_quantize(weight):
-        model.set_submodule(_EMBEDDING, EmbeddingRows(PackedLinear(_in_8_bits(weight))))
+        model.set_submodule(EMBEDDING, EmbeddingRows(PackedLinear(_in_8_bits(weight))))
 
 
 def _replacement(linear: nn.Linear, name: str, weight: Tensor | Quantized, quantization: Quantization) -> nn.Module:
     """Routers and gates of experts are small, and decide much: they are never quantized."""
-    if not can_quantize(weight) or not name.endswith(("_proj", _HEAD)):
+    if not can_quantize(weight) or not name.endswith(("_proj", HEAD)):
         quantization = "auto"
     match quantization:
         case "int8":
@@ -82,8 +82,8 @@ def _replacement(linear: nn.Linear, name: str, weight: Tensor | Quantized, quant
         case "int8-weight-only":
             return PackedLinear(_in_8_bits(weight), linear.bias)
         case "int4":
-            return QuantizedLinear(_in_8_bits(weight) if name == _HEAD else _in_4_bits(weight), linear.bias)
-        case "fp8" if name != _HEAD and fits_fp8(linear.weight):
+            return QuantizedLinear(_in_8_bits(weight) if name == HEAD else _in_4_bits(weight), linear.bias)
+        case "fp8" if name != HEAD and fits_fp8(linear.weight):
             return Fp8Linear(linear.weight, linear.bias)
     if isinstance(weight, Quantized):
         return QuantizedLinear(weight, linear.bias)

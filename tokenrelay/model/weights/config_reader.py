@@ -10,12 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenrelay.model.config import ModelConfig
+from tokenrelay.model.config import ModelConfig, UnsupportedModelError
 from tokenrelay.model.families import read_hf_config
+from tokenrelay.model.weights.config_check import MAX_LAYERS, config_fault
 from tokenrelay.model.weights.errors import CheckpointError
 from tokenrelay.model.weights.gguf_config import config_from_gguf
 from tokenrelay.model.weights.gguf_metadata import read_gguf_metadata
 from tokenrelay.model.weights.sources import ModelSource
+
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
 
 
 def read_model_config(source: ModelSource) -> ModelConfig:
@@ -34,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file at ``path``; CheckpointError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(content).__name__}, not an object")
@@ -53,10 +56,17 @@ def generation_eos_ids(folder: Path) -> tuple[int, ...]:
 
 def config_from_folder(folder: Path) -> ModelConfig:
     path = folder / "config.json"
+    described = read_json(path)
     try:
-        config = read_hf_config(read_json(path))
+        if any(described.get(name, 0) > MAX_LAYERS for name in _LAYERS):  # readers make lists of them
+            raise CheckpointError(f"{path}: describes more than {MAX_LAYERS} layers")
+        config = read_hf_config(described)
     except KeyError as error:
         raise CheckpointError(f"{path}: has no {error}") from error
-    except (TypeError, AttributeError, ArithmeticError) as error:
+    except (UnsupportedModelError, CheckpointError):
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         raise CheckpointError(f"{path}: holds a value of the wrong kind: {error}") from error
+    if fault := config_fault(config):
+        raise CheckpointError(f"{path}: {fault}")
     return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + generation_eos_ids(folder))))

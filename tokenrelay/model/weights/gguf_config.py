@@ -13,6 +13,7 @@ from tokenrelay.model.families.rope_parameters import (
     read_rope_scaling,
     rope_parameters,
 )
+from tokenrelay.model.weights.config_check import config_fault
 from tokenrelay.model.weights.gguf_architectures import ARCHITECTURES, Architecture
 from tokenrelay.model.weights.gguf_metadata import GGUFMetadata
 from tokenrelay.model.weights.gguf_rope import gguf_rope_parameters
@@ -51,9 +52,12 @@ def config_from_gguf(metadata: GGUFMetadata) -> ModelConfig:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedModelError(f"GGUF architecture {metadata.architecture!r} is not supported; known: {known}")
     try:
-        return _Reader(metadata, architecture).config()
+        config = _Reader(metadata, architecture).config()
     except ArithmeticError as error:
         raise metadata.error(f"holds a value out of range: {error}") from error
+    if fault := config_fault(config):
+        raise metadata.error(fault)
+    return config
 
 
 class _Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.families import FAMILIES
 from tokenrelay.model.quantized import Quantized
+from tokenrelay.model.weights.config_check import size_fault
 from tokenrelay.model.weights.config_reader import config_from_folder, read_json
 from tokenrelay.model.weights.errors import CheckpointError
 from tokenrelay.model.weights.quantized_safetensors import assembled, read_method
@@ -32,6 +34,9 @@ class SafetensorsCheckpoint:
         self._shards = self._read_index()
         self._method = read_method(read_json(folder / "config.json").get("quantization_config"))
         self.rules = FAMILIES[self._config.architecture].rules
+        size = sum(shard.stat().st_size for shard in self._shards)
+        if fault := size_fault(self._config, sum(1 for _ in self._names()), size):
+            raise CheckpointError(f"{folder / 'config.json'}: {fault}")
 
     def config(self) -> ModelConfig:
         return self._config
@@ -81,10 +86,9 @@ class SafetensorsCheckpoint:
         return shards
 
     def _existing(self, shard: str) -> Path:
-        path = self._folder / shard
-        if Path(shard).name != shard or not path.is_file():
-            raise CheckpointError(f"{self._folder}: has no file {shard!r}; fetch the whole model again")
-        return path
+        if shard not in os.listdir(self._folder):
+            raise CheckpointError(f"{self._folder}: has no file {shard[:64]!r}; fetch the whole model again")
+        return self._folder / shard
 
 
 def _by_shard(index: Path) -> dict[str, list[str]]:

@@ -64,7 +64,7 @@ def pack_integers(integers: Tensor) -> Tensor:
     steps the last four in the high halves of the bytes.
     """
     out_features, in_features = integers.shape
-    unsigned = (integers.to(torch.int16) + 128).to(torch.uint8) if integers.dtype is torch.int8 else integers
+    unsigned = integers.view(torch.uint8) ^ 128 if integers.dtype is torch.int8 else integers
     padded = F.pad(unsigned, (0, 0, 0, -out_features % PANEL_WIDTH)).view(-1, PANEL_WIDTH, in_features // 4, 4)
     if integers.dtype is torch.uint8:
         first, second = padded.view(-1, PANEL_WIDTH, in_features // 8, 2, 4).unbind(3)
