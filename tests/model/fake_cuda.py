@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.engine.executor import EagerExecutor
@@ -31,24 +31,10 @@ def fake_cuda() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         for name in kernels._names:
             patch.setattr(kernels, f"_{name}", getattr(cuda, name, None) or getattr(reference, name))
-        with _fake_methods(), FakeTensorMode():
+        for name, method in _METHODS.items():  # not of Tensor: undone, it would look like a sequence to C code
+            patch.setattr(FakeTensor, name, method, raising=False)
+        with FakeTensorMode():
             yield
-
-
-@contextmanager
-def _fake_methods() -> Iterator[None]:
-    """What ``Tensor`` inherits is inherited again afterwards: set, it would be the class's own, with other slots."""
-    own = {name: vars(Tensor)[name] for name in _METHODS if name in vars(Tensor)}
-    for name, method in _METHODS.items():
-        setattr(Tensor, name, method)
-    try:
-        yield
-    finally:
-        for name in _METHODS:
-            if name in own:
-                setattr(Tensor, name, own[name])
-            else:
-                delattr(Tensor, name)
 
 
 _real_to = Tensor.to

@@ -1,8 +1,8 @@
 """A model's chat template: messages in, prompt text out, and which stretches of it came from whom.
 
-Templates come with models, so they run in jinja2's immutable sandbox, with the same names and filters that
-transformers gives them. Knows no tokenizer: ``Markers`` only keeps special tokens' spellings in messages apart from
-those that the template writes.
+Templates come with models, so they run in jinja2's immutable sandbox and within a budget (``template_budget``), with
+the same names and filters that transformers gives them. Knows no tokenizer: ``Markers`` only keeps special tokens'
+spellings in messages apart from those that the template writes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tokenrelay.model.template_budget import BudgetedEnvironment, budget
 
 _END = "\uf8fe.end.of.message.\uf8fe"  # where a message that is continued ends
 _PRIVATE_USE = range(0xE000, 0xF8F0)  # characters without a meaning, so a text that holds one can do with another
-_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class ChatTemplateError(ValueError):
@@ -66,13 +67,15 @@ class ChatTemplate:
         """
         if continue_final_message:
             messages, add_generation_prompt = _with_end(messages), False
+        messages = [{k: v for k, v in m.items() if v is not None} for m in messages]  # they would write "None"
         given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         extra = dict(template_kwargs or {})
         if reserved := sorted(extra.keys() & (given.keys() | self._special_tokens.keys() | _GLOBALS.keys())):
             raise ChatTemplateError(f"template arguments may not be called {', '.join(reserved)}")
         template = self._compiled
         try:
-            text = template.render(self._special_tokens | extra | given)
+            with budget():
+                text = template.render(self._special_tokens | extra | given)
             text.encode()  # half a surrogate pair is no text, and a ValueError
         except _TEMPLATE_FAULTS as error:
             raise ChatTemplateError(f"the model's chat template refused the messages: {error}") from error
@@ -93,7 +96,7 @@ class ChatTemplate:
                 "this model has no chat template: send a prompt to completions, or use an instruct model"
             )
         try:
-            return _environment().from_string(self.source)
+            return _environment().from_source(self.source)
         except TemplateError as error:
             raise ChatTemplateError(f"the model's chat template cannot be compiled: {error}") from error
 
@@ -197,10 +200,8 @@ def _to_json(
 _GLOBALS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+def _environment() -> BudgetedEnvironment:
+    environment = BudgetedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals.update(_GLOBALS)
     return environment
