@@ -91,12 +91,13 @@ class TestRefusal:
 
     async def test_openais_client_comes_back_by_itself(self, server: Server, http: httpx.AsyncClient) -> None:
         client = AsyncOpenAI(base_url=f"{server.base_url}/v1", api_key="none", timeout=20, max_retries=9)
-        async with client, queued(server, http):
+        async with client, queued(server, http) as answers:
             before = refusals(server)
             patient = asyncio.create_task(client.chat.completions.create(**body(server)))
             await asyncio.to_thread(wait_for, lambda: refusals(server) > before)
             async with working(server):
                 assert (await patient).choices[0].message.content == words(8)
+                await answers  # what this worker has claimed is lost with it
 
     async def test_a_deadline_that_cannot_be_met_is_refused_at_once(
         self, server: Server, http: httpx.AsyncClient
@@ -113,7 +114,7 @@ async def test_two_processes_share_the_limits(
 ) -> None:
     with serving(server.settings, served_model) as other_server:
         other = httpx.AsyncClient(base_url=other_server.base_url, timeout=20)
-        async with other, queued(server, http, WAITING - 1):
+        async with other, queued(server, http, WAITING - 1) as answers:
             last = asyncio.create_task(other.post(CHAT, json=body(server)))
             await asyncio.to_thread(wait_for, lambda: in_flight(other_server) == 1)
             for client in (http, other):
@@ -124,6 +125,7 @@ async def test_two_processes_share_the_limits(
                         pass
             async with working(server):
                 assert (await last).status_code == 200
+                await answers
 
 
 async def test_the_queue_is_measured(server: Server, http: httpx.AsyncClient) -> None:
