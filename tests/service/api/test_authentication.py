@@ -149,7 +149,9 @@ class TestReloading:
         if content is None:
             mine.path.unlink()
         else:
-            whole = mine.path.with_suffix(".whole")  # written in place it is empty for a moment: no keys, which is valid
+            whole = mine.path.with_suffix(
+                ".whole"
+            )  # written in place it is empty for a moment: no keys, which is valid
             whole.write_text(content)
             whole.replace(mine.path)
         wait_for(lambda: broken(other) == 1)
