@@ -47,6 +47,11 @@ class StepInputs(NamedTuple):
             buffer[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
         return torch.from_numpy(buffer)
 
+    def on_host(self) -> StepTensors:
+        """The arrays themselves, as tensors."""
+        tensors = [torch.from_numpy(array) for array in _arrays(self)]
+        return StepTensors(tensors[0], tensors[1], AttentionMetadata(*tensors[2:]))
+
     def unpacked(self, buffer: Tensor) -> StepTensors:
         """Views of such a buffer, wherever it is."""
         views = [
@@ -90,7 +95,9 @@ class EagerExecutor:
         copy_blocks(self._kv_cache, pairs)
 
     def forward(self, inputs: StepInputs, *, capturable: bool = True) -> Tensor:
-        """Whatever the step is."""
+        """Whatever the step is. A CPU needs no copy, and so no packing."""
+        if self.device.type == "cpu":
+            return self.run(inputs.on_host())
         return self.run(inputs.unpacked(to_device(inputs.packed(), self.device)))
 
     def run(self, tensors: StepTensors) -> Tensor:

@@ -66,14 +66,15 @@ class ModelRunner:
         padded = np.zeros((len(batch), max(len(table) for table in tables)), dtype=np.int32)
         for row, table in zip(padded, tables, strict=True):
             row[: len(table)] = table.clip(min=0)  # what fell out of the window is not read
+        all_positions = np.concatenate(positions)
         return StepInputs(
             np.concatenate([_token_ids(entry) for entry in batch]),
-            np.concatenate(positions),
+            all_positions,
             np.concatenate(slots),
             padded,
             np.cumsum([0, *(entry.num_rows for entry in batch)], dtype=np.int32),
             np.array([entry.request.num_computed_tokens + entry.num_rows for entry in batch], dtype=np.int32),
-            self._sink_positions(np.concatenate(positions)),
+            self._sink_positions(all_positions),
         )
 
     def _sink_positions(self, positions: np.ndarray) -> np.ndarray | None:
