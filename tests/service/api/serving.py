@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,12 +179,13 @@ class PacedWorker:
     lost: set[str] = field(default_factory=set)  # ids
     held: dict[str, int] = field(default_factory=dict)  # id → epoch, until it ended
     steps: int = 0
+    leaving: bool = False  # it claims no more, and ends when nothing is held
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            while True:
+            while self.held or not self.leaving:
                 await self.announce()
-                for claim in await self.queue.claim("paced", self.slots - len(self.held)):
+                for claim in await self._claim():
                     self.claims.append(claim)
                     self.held[claim.submission.request_id] = claim.epoch
                     tasks.create_task(self._serve(claim))
@@ -193,6 +194,9 @@ class PacedWorker:
                 for request_id in renewal.cancelled:
                     self.cancelled.setdefault(request_id, time.monotonic())
                 await asyncio.sleep(0.003)
+
+    async def _claim(self) -> list[Claim]:
+        return [] if self.leaving else await self.queue.claim("paced", self.slots - len(self.held))
 
     async def announce(self) -> None:
         self.steps += 1
@@ -269,17 +273,24 @@ class PacedWorker:
 
 @asynccontextmanager
 async def working(server: Endpoint, *, held_back: bool = False, **fields: object) -> AsyncIterator[PacedWorker]:
-    """A paced worker for ``server``'s model; ``held_back`` leaves its gate closed."""
+    """A paced worker for ``server``'s model; ``held_back`` leaves its gate closed.
+
+    What it holds at the end of the block it ends first; behind a closed gate it is left, as by a process that died.
+    """
     async with connect(server.settings.redis_url) as redis:
         relay = (redis, server.keys, server.settings)
         worker = PacedWorker(Queue(*relay), TokenLog(*relay), Registry(*relay), server.model, **fields)  # type: ignore[arg-type]
         if not held_back:
             worker.gate.set()
         running = asyncio.create_task(worker.run())
-        yield worker
-        running.cancel()
-        with suppress(asyncio.CancelledError):
-            await running
+        try:
+            yield worker
+            worker.leaving = True
+            if worker.gate.is_set():
+                await asyncio.wait_for(running, 10)
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
         await worker.registry.withdraw("paced")
 
 
