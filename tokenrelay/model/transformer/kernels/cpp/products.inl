@@ -115,6 +115,36 @@ TR_INLINE void add_4_bit_products(const uint8_t* w, const int8_t* x, size_t x_st
     }
 }
 
+// 4 bits, each in a byte: [K][16][4] bytes of the packed ones become twice as many.
+void spread_out(const uint8_t* from, uint8_t* to, size_t bytes) {
+    const __m256i half = _mm256_set1_epi8(15);
+    for (size_t i = 0; i < bytes; i += 32) {
+        const __m256i all = _mm256_loadu_si256((const __m256i*)(from + i));
+        __m256i* steps = (__m256i*)(to + i / 64 * 128 + i % 64);
+        steps[0] = _mm256_and_si256(all, half);
+        steps[2] = _mm256_and_si256(_mm256_srli_epi16(all, 4), half);
+    }
+}
+
+template <int R>
+TR_INLINE void add_spread_products(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+    const __m256i unit = _mm256_set1_epi16(256);
+    __m256i left[R], right[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) left[r] = right[r] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+    for (size_t k = 0; k < GROUP; k += 4, w += 64) {
+        const __m256i a = _mm256_load_si256((const __m256i*)w), b = _mm256_load_si256((const __m256i*)w + 1);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) add_pairs(left[r], right[r], a, b, x + r * x_stride + k);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+        sums[r].lo = _mm256_add_epi32(sums[r].lo, _mm256_madd_epi16(left[r], unit));
+        sums[r].hi = _mm256_add_epi32(sums[r].hi, _mm256_madd_epi16(right[r], unit));
+    }
+}
+
 // 8 bits are two times 4.
 template <int SHIFT, int R>
 TR_INLINE void add_8_bit_products(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
@@ -171,20 +201,54 @@ TR_INLINE void add_products(const uint8_t* w, const int8_t* x, size_t x_stride, 
 
 #endif
 
-// The main part of a tile: high halves of the activations.
+// How a tile multiplies high halves of activations: weights as they lie, or spread out for many rows.
+struct FourBits {
+    static constexpr int BITS = 4, ROWS = QUANTIZED_ROWS;
+    static constexpr size_t GROUP_BYTES = GROUP * 8;
+    static constexpr bool SIGNED = false;
+    template <int R> TR_INLINE static void add_high(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+        add_products<4, 8>(w, x, x_stride, sums);
+    }
+};
+
 #if defined(TR_AVX2)
-constexpr bool SIGNED_WEIGHTS = true;  // of 8 bits
-template <int BITS, int R>
-TR_INLINE void add_high(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
-    if constexpr (BITS == 8) add_signed_products(w, x, x_stride, sums);
-    else add_products<BITS, 8>(w, x, x_stride, sums);
-}
+
+struct EightBits {
+    static constexpr int BITS = 8, ROWS = 4;
+    static constexpr size_t GROUP_BYTES = GROUP * 16;
+    static constexpr bool SIGNED = true;
+    template <int R> TR_INLINE static void add_high(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+        add_signed_products(w, x, x_stride, sums);
+    }
+};
+
+// 4 bits, each in a byte.
+struct Spread {
+    static constexpr int BITS = 4, ROWS = 4;
+    static constexpr size_t GROUP_BYTES = GROUP * 16;
+    static constexpr bool SIGNED = false;
+    template <int R> TR_INLINE static void add_high(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+        add_spread_products(w, x, x_stride, sums);
+    }
+};
+constexpr size_t ROWS_TO_SPREAD = 9;   // fewer are done sooner with the weights as they lie
+constexpr size_t SPREAD_GROUPS = 48;  // 24 KiB: with the rows' activations in the first cache
+
 #else
-constexpr bool SIGNED_WEIGHTS = false;
-template <int BITS, int R>
-TR_INLINE void add_high(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
-    add_products<BITS, 8>(w, x, x_stride, sums);
-}
+
+struct EightBits {
+    static constexpr int BITS = 8, ROWS = QUANTIZED_ROWS;
+    static constexpr size_t GROUP_BYTES = GROUP * 16;
+    static constexpr bool SIGNED = false;
+    template <int R> TR_INLINE static void add_high(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+        add_products<8, 8>(w, x, x_stride, sums);
+    }
+};
+
+using Spread = FourBits;  // taking halves of bytes apart costs little beside the products of many rows
+constexpr size_t ROWS_TO_SPREAD = ~size_t(0), SPREAD_GROUPS = 1;
+TR_INLINE void spread_out(const uint8_t*, uint8_t*, size_t) {}
+
 #endif
 
 }  // namespace

@@ -1,8 +1,9 @@
 // quantized_linear: weights of 8 or 4 bits, activations of 8, and of 16 where they stick out; in groups of 32 along K.
 //
 // Within a group the products are summed as integers, which is exact in any order; then, groups ascending,
-//   acc = fma(sum, x_scale * w_scale, acc), and acc = fma(x_scale * sum of x, minimum, acc) where weights have one,
-// and + bias at the end. So a row's bits depend on nothing but the row, whatever instructions do the sums.
+//   acc = fma(sum, x_scale * w_scale, acc), and acc = fma(x_scale * sum of x, minimum, acc) where weights have one;
+// the low halves after all groups, and + bias at the end. So a row's bits depend on nothing but the row, whatever
+// instructions do the sums.
 //
 // An activation is 256 * high + low. Most groups have only the high half; a group far above the row's mean would drown
 // the rest of the output in its rounding, so it has both. (the outliers of LLM.int8(), by group instead of by column)
@@ -12,32 +13,28 @@ constexpr float HIGH = 127.0f, BOTH = 127.0f * 256.0f;  // the largest integers
 constexpr float OUTLIER = 36.0f;  // largest element squared, over the row's mean square
 constexpr float TINY = 1e-30f;    // below, a group counts as zero: its factor would overflow
 
-template <int R> struct Sums { i32x16 of[R]; };
-
-// Out of line and by value: it is rare, and the registers belong to the common case.
-template <int BITS, int R>
-__attribute__((noinline)) Sums<R> with_low(Sums<R> sums, const uint8_t* w, const int8_t* x, size_t x_stride) {
-    add_products<BITS, 0>(w, x, x_stride, sums.of);
-    return sums;
-}
+// A group with low halves, and their sum.
+struct Outlier { uint32_t group; int32_t sum; };
 
 struct Quantized {
     const QuantizedLinear& a;
     size_t groups;
     float* scales;      // [T, groups], of the integers 256 high + low
     float* totals;      // [T, groups]: scale times the sum of the integers
-    int32_t* sums;      // [T, groups]: what 8-bit weights, being stored with 128 added, make too much
+    int32_t* sums;      // [T, groups], of the high halves, times 256
+    Outlier* outliers;  // [T, groups]: of each row as many as it has, groups ascending
+    uint32_t* counts;   // [T], of outliers
     int8_t* high;       // [T, K]
-    int8_t* low;        // [T, K], zero outside of outliers
-    uint8_t* outliers;  // [T, groups]: 1 where there are low halves
+    int8_t* low;        // [T, K], in outliers only
 
     explicit Quantized(const QuantizedLinear& params)
         : a(params), groups(a.in_features / GROUP), scales((float*)a.scratch), totals(scales + a.rows * groups),
-          sums((int32_t*)(totals + a.rows * groups)), high((int8_t*)(sums + a.rows * groups)),
-          low(high + a.rows * a.in_features), outliers((uint8_t*)(low + a.rows * a.in_features)) {}
+          sums((int32_t*)(totals + a.rows * groups)), outliers((Outlier*)(sums + a.rows * groups)),
+          counts((uint32_t*)(outliers + a.rows * groups)), high((int8_t*)(counts + a.rows)),
+          low(high + a.rows * a.in_features) {}
 
-    // Integers x * (largest integer / max |x|), rounded to even.
-    template <bool IS_OUTLIER> void quantize_group(const float* from, size_t group, float highest) const {
+    // Integers x * (largest integer / max |x|), rounded to even. Returns the sum of their low halves.
+    template <bool IS_OUTLIER> int32_t quantize_group(const float* from, size_t group, float highest) const {
         const float factor = highest > TINY ? (IS_OUTLIER ? BOTH : HIGH) / highest : 0.0f;
         int8_t *to_high = high + group * GROUP, *to_low = low + group * GROUP;
         int32_t sum = 0, low_sum = 0;
@@ -45,15 +42,13 @@ struct Quantized {
             int32_t integer = int32_t(bits_of(from[i] * factor + EXP_MAGIC) - bits_of(EXP_MAGIC));
             int32_t upper = IS_OUTLIER ? (integer + 128) >> 8 : integer;
             to_high[i] = int8_t(upper);
-            to_low[i] = IS_OUTLIER ? int8_t(integer - upper * 256) : 0;
-            sum += integer;
-            low_sum += to_low[i];
+            if (IS_OUTLIER) to_low[i] = int8_t(integer - upper * 256), low_sum += to_low[i];
+            sum += upper;
         }
-        if (!IS_OUTLIER) sum *= 256;
         scales[group] = highest > TINY ? highest / BOTH : 0.0f;
-        totals[group] = scales[group] * float(sum);
-        sums[group] = 128 * (SIGNED_WEIGHTS ? low_sum : sum);
-        outliers[group] = IS_OUTLIER;
+        sums[group] = 256 * sum;
+        totals[group] = scales[group] * float(sums[group] + low_sum);
+        return low_sum;
     }
 
     // A NaN or an infinity makes all scales of its row NaN.
@@ -68,60 +63,122 @@ struct Quantized {
         }
         const float total = sum(squares), limit = OUTLIER * total / float(a.in_features);
         const bool finite = total < __builtin_inff();
+        uint32_t count = 0;
         for (size_t g = 0; g < groups; g++, from += GROUP) {
             const size_t group = row * groups + g;
             const float largest = finite ? scales[group] : 0.0f;
-            if (largest * largest > limit) quantize_group<true>(from, group, largest);
-            else quantize_group<false>(from, group, largest);
+            if (largest * largest > limit) {
+                outliers[row * groups + count++] = {uint32_t(g), quantize_group<true>(from, group, largest)};
+            } else {
+                quantize_group<false>(from, group, largest);
+            }
             if (!finite) scales[group] = __builtin_nanf("");  // enough: every output has a product with it
         }
+        counts[row] = count;
     }
 
     void quantize() const {
         parallel_rows(a.rows, a.in_features, [&](size_t row) { quantize_row(row); });
     }
 
-    template <int BITS, int R> void tile(size_t row, size_t panel) const {
-        constexpr size_t GROUP_BYTES = GROUP * 16 * BITS / 8;
-        const uint8_t* w = a.panels + panel * groups * GROUP_BYTES;
-        const f16* w_scale = a.scales + panel * groups * 16;
-        const f16* minimum = a.minima ? a.minima + panel * groups * 16 : nullptr;
-        f32x16 acc[R];
-        for (int r = 0; r < R; r++) acc[r] = broadcast(0.0f);
-        for (size_t g = 0; g < groups; g++, w += GROUP_BYTES) {
-            const size_t group = row * groups + g, at = row * a.in_features + g * GROUP;
-            Sums<R> products;
-            uint8_t has_low = 0;
-            for (int r = 0; r < R; r++) products.of[r] = no_sum(), has_low |= outliers[group + r * groups];
-            add_high<BITS>(w, high + at, a.in_features, products.of);
-            if (__builtin_expect(has_low, 0)) products = with_low<BITS>(products, w, low + at, a.in_features);
-            f32x16 scale = load_f16(w_scale + g * 16);
+    uint32_t outlier_of(size_t row, uint32_t i) const { return i < counts[row] ? outliers[row * groups + i].group : ~0u; }
+
+    // acc [R, 16] += products with low halves: of all rows at once, as their outliers are mostly the same channels.
+    template <int BITS, int R> __attribute__((noinline)) void add_low(float* acc, size_t row, size_t panel) const {
+        uint32_t next[R] = {};
+        for (;;) {
+            uint32_t group = ~0u;
+            for (int r = 0; r < R; r++) group = least(group, outlier_of(row + r, next[r]));
+            if (group == ~0u) return;
+            const size_t at = panel * groups + group, of_row = row * groups + group;
+            i32x16 sum[R];
+            for (int r = 0; r < R; r++) sum[r] = no_sum();
+            add_products<BITS, 0>(a.panels + at * GROUP * 2 * BITS, low + of_row * GROUP, a.in_features, sum);
+            const f32x16 scale = load_f16(a.scales + at * 16);
             for (int r = 0; r < R; r++) {
-                if (BITS == 8 && (!SIGNED_WEIGHTS || has_low)) products.of[r] = minus(products.of[r], sums[group + r * groups]);
-                acc[r] = fma(to_float(products.of[r]), mul(broadcast(scales[group + r * groups]), scale), acc[r]);
+                if (outlier_of(row + r, next[r]) != group) continue;  // what was there is not its own
+                if (BITS == 8) sum[r] = minus(sum[r], 128 * outliers[(row + r) * groups + next[r]].sum);
+                const f32x16 x_scale = broadcast(scales[of_row + r * groups]);
+                store(acc + r * 16, fma(to_float(sum[r]), mul(x_scale, scale), load(acc + r * 16)));
+                next[r]++;
             }
-            if (!minimum) continue;
-            f32x16 lowest = load_f16(minimum + g * 16);
-            for (int r = 0; r < R; r++) acc[r] = fma(broadcast(totals[group + r * groups]), lowest, acc[r]);
-        }
-        const size_t column = panel * 16, width = a.out_features - column;
-        for (int r = 0; r < R; r++) {
-            if (a.bias) acc[r] = add(acc[r], load_part(a.bias + column, width));
-            store_part(a.out + (row + r) * a.out_features + column, acc[r], width);
         }
     }
 
-    template <int BITS> void multiply_all() const {
+    // acc [R, 16] += groups begin to end of R rows and a panel, w: its weights from begin on. Its own function: whatever else is
+    // here costs it registers.
+    template <class Weights, int R>
+    __attribute__((noinline)) void add_groups(float* acc, size_t row, size_t panel, const uint8_t* w, size_t begin,
+                                              size_t end) const {
+        f32x16 total[R];
+        for (int r = 0; r < R; r++) total[r] = load(acc + r * 16);
+        for (size_t g = begin; g < end; g++, w += Weights::GROUP_BYTES) {
+            const size_t group = row * groups + g;
+            i32x16 sum[R];
+            for (int r = 0; r < R; r++) sum[r] = no_sum();
+            Weights::add_high(w, high + row * a.in_features + g * GROUP, a.in_features, sum);
+            const f32x16 scale = load_f16(a.scales + (panel * groups + g) * 16);
+            for (int r = 0; r < R; r++) {
+                if (Weights::BITS == 8 && !Weights::SIGNED) sum[r] = minus(sum[r], 128 * sums[group + r * groups]);
+                total[r] = fma(to_float(sum[r]), mul(broadcast(scales[group + r * groups]), scale), total[r]);
+            }
+            if (Weights::BITS == 8) continue;
+            const f32x16 lowest = load_f16(a.minima + (panel * groups + g) * 16);
+            for (int r = 0; r < R; r++) total[r] = fma(broadcast(totals[group + r * groups]), lowest, total[r]);
+        }
+        for (int r = 0; r < R; r++) store(acc + r * 16, total[r]);
+    }
+
+    // A part of K that does not begin at 0 goes on with what is in out.
+    template <class Weights, int R> void tile(size_t row, size_t panel, const uint8_t* w, size_t begin, size_t end) const {
+        const size_t column = panel * 16, width = a.out_features - column;
+        float* out = a.out + row * a.out_features + column;
+        alignas(64) float acc[R * 16] = {};
+        for (int r = 0; r < R && begin; r++) store(acc + r * 16, load_part(out + r * a.out_features, width));
+        add_groups<Weights, R>(acc, row, panel, w, begin, end);
+        if (end == groups) add_low<Weights::BITS, R>(acc, row, panel);
+        for (int r = 0; r < R; r++) {
+            f32x16 y = load(acc + r * 16);
+            if (end == groups && a.bias) y = add(y, load_part(a.bias + column, width));
+            store_part(out + r * a.out_features, y, width);
+        }
+    }
+
+    template <class Weights> void multiply_panel(size_t panel, size_t row_begin, size_t row_end) const {
+        const uint8_t* w = a.panels + panel * groups * Weights::GROUP_BYTES;
+        for_row_groups<Weights::ROWS>(row_begin, row_end, [&](size_t row, auto count) {
+            tile<Weights, decltype(count)::value>(row, panel, w, 0, groups);
+        });
+    }
+
+    // Many rows read weights that were spread out once for all of them.
+    void multiply_spread(size_t panel, size_t row_begin, size_t row_end) const {
+        alignas(64) uint8_t spread[SPREAD_GROUPS * Spread::GROUP_BYTES];
+        for (size_t begin = 0; begin < groups; begin += SPREAD_GROUPS) {
+            const size_t end = least(begin + SPREAD_GROUPS, groups), first = panel * groups + begin;
+            const uint8_t* packed = a.panels + first * FourBits::GROUP_BYTES;
+            const size_t bytes = (end - begin) * FourBits::GROUP_BYTES;
+            spread_out(packed, spread, bytes);
+            for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(packed + bytes + i);  // the next part, or panel
+            for_row_groups<Spread::ROWS>(row_begin, row_end, [&](size_t row, auto count) {
+                tile<Spread, decltype(count)::value>(row, panel, spread, begin, end);
+            });
+        }
+    }
+
+    void multiply_rows(size_t panel, size_t row_begin, size_t row_end) const {
+        if (a.bits == 8) multiply_panel<EightBits>(panel, row_begin, row_end);
+        else if (row_end - row_begin < ROWS_TO_SPREAD) multiply_panel<FourBits>(panel, row_begin, row_end);
+        else multiply_spread(panel, row_begin, row_end);
+    }
+
+    void multiply_all() const {
         const size_t panel_count = (a.out_features + 15) / 16, row_blocks = (a.rows + ROW_BLOCK - 1) / ROW_BLOCK;
         const size_t panel_groups = (panel_count + PANEL_GROUP - 1) / PANEL_GROUP;
-        constexpr int ROWS = BITS == 8 && SIGNED_WEIGHTS ? 4 : QUANTIZED_ROWS;
         parallel_for(panel_groups * row_blocks, [&](size_t task) {
             size_t first = task / row_blocks * PANEL_GROUP, last = least(first + PANEL_GROUP, panel_count);
             size_t row_begin = task % row_blocks * ROW_BLOCK, row_end = least(row_begin + ROW_BLOCK, size_t(a.rows));
-            for (size_t panel = first; panel < last; panel++)
-                for_row_groups<ROWS>(row_begin, row_end, [&](size_t row, auto count) {
-                    tile<BITS, decltype(count)::value>(row, panel);
-                });
+            for (size_t panel = first; panel < last; panel++) multiply_rows(panel, row_begin, row_end);
         });
     }
 };
@@ -129,8 +186,7 @@ struct Quantized {
 void quantized_linear(const QuantizedLinear* params) {
     Quantized work(*params);
     work.quantize();
-    if (params->bits == 4) work.multiply_all<4>();
-    else work.multiply_all<8>();
+    work.multiply_all();
 }
 
 }  // namespace

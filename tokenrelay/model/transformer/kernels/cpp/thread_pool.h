@@ -40,7 +40,7 @@ class ThreadPool {
 
   private:
     static constexpr int64_t MAX_TASKS = int64_t(1) << 31;
-    static constexpr std::chrono::microseconds SPIN{50};
+    static constexpr std::chrono::microseconds SPIN{200};
 
     static void pause() {
 #if defined(__x86_64__)
