@@ -24,7 +24,7 @@ from tokenrelay.model.detokenizer import IncrementalDetokenizer
 from tokenrelay.model.gguf_tokenizer import build_gguf_tokenizer
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.model.weights.errors import CheckpointError
-from tokenrelay.model.weights.gguf_metadata import read_gguf_metadata
+from tokenrelay.model.weights.gguf.metadata import read_gguf_metadata
 from tokenrelay.model.weights.sources import ModelSource, resolve
 
 TEXTS = hard_texts(1000)

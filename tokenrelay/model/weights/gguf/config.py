@@ -14,9 +14,9 @@ from tokenrelay.model.families.rope_parameters import (
     rope_parameters,
 )
 from tokenrelay.model.weights.config_check import config_fault
-from tokenrelay.model.weights.gguf_architectures import ARCHITECTURES, Architecture
-from tokenrelay.model.weights.gguf_metadata import GGUFMetadata
-from tokenrelay.model.weights.gguf_rope import gguf_rope_parameters
+from tokenrelay.model.weights.gguf.architectures import ARCHITECTURES, Architecture
+from tokenrelay.model.weights.gguf.metadata import GGUFMetadata
+from tokenrelay.model.weights.gguf.rope import gguf_rope_parameters
 
 # The end of a text, of a turn, and of a message that calls a tool: generation stops at each.
 _EOS_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")

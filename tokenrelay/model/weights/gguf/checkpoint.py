@@ -16,11 +16,11 @@ from gguf.quants import dequantize
 
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.quantized import GROUP, Quantized, quantize
-from tokenrelay.model.weights.gguf_config import config_from_gguf
-from tokenrelay.model.weights.gguf_header import TensorInfo
-from tokenrelay.model.weights.gguf_metadata import GGUFMetadata, read_gguf_metadata
-from tokenrelay.model.weights.gguf_quantized import NOT_QUANTIZED, TAKEN_APART, quantized_from
-from tokenrelay.model.weights.gguf_rules import gguf_rules
+from tokenrelay.model.weights.gguf.config import config_from_gguf
+from tokenrelay.model.weights.gguf.header import TensorInfo
+from tokenrelay.model.weights.gguf.metadata import GGUFMetadata, read_gguf_metadata
+from tokenrelay.model.weights.gguf.quantized import NOT_QUANTIZED, TAKEN_APART, quantized_from
+from tokenrelay.model.weights.gguf.rules import gguf_rules
 
 # Elements dequantized at once: they fit the cache, a call per row would cost four times as much, and torch does not
 # split so few among threads, which on a busy machine wait for each other.

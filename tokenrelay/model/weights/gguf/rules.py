@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.families import Rule
-from tokenrelay.model.weights.gguf_architectures import ARCHITECTURES
-from tokenrelay.model.weights.gguf_metadata import GGUFMetadata
+from tokenrelay.model.weights.gguf.architectures import ARCHITECTURES
+from tokenrelay.model.weights.gguf.metadata import GGUFMetadata
 
 _B = r"blk\.(\d+)\."
 _KIND = r"\.(weight|bias)"

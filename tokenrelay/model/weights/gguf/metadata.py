@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrelay.model.weights.errors import CheckpointError
-from tokenrelay.model.weights.gguf_header import Header, TensorInfo, read_header
+from tokenrelay.model.weights.gguf.header import Header, TensorInfo, read_header
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenrelay.model.config import UnsupportedModelError
 from tokenrelay.model.families.rope_parameters import yarn_attention_factor
-from tokenrelay.model.weights.gguf_metadata import GGUFMetadata
+from tokenrelay.model.weights.gguf.metadata import GGUFMetadata
 
 _LLAMA3, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 _F32 = 0
