@@ -72,6 +72,12 @@ def test_the_two_processes_do_not_know_each_other() -> None:
         assert not any(i.startswith(("tokenrelay.service.api", "tokenrelay.service.worker")) for i in imports(path))
 
 
+@pytest.mark.parametrize("package", ["access", "admission", "lifecycle", "streaming", "schemas", "assistant"])
+def test_a_request_is_admitted_lives_and_is_streamed_without_its_protocol(package: str) -> None:
+    for protocol in ("openai", "responses", "anthropic", "ollama"):
+        assert importers(f"service/api/{package}/", of=f"tokenrelay.service.api.{protocol}.") == []
+
+
 def test_the_benchmark_is_an_outsider() -> None:
     """It knows a server as any client would, and the API and the workers do not know it."""
     assert importers("bench/", of="tokenrelay.service") == importers("bench/", of="tokenrelay.model") == []

@@ -17,6 +17,7 @@ from tokenizers.models import BPE, WordLevel
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
+from tests.model.sentencepiece import tokens_with, write_sentencepiece
 from tests.model.texts import hard_texts
 from tokenrelay.model.chat_template import ChatTemplateError
 from tokenrelay.model.config import UnsupportedModelError
@@ -24,7 +25,7 @@ from tokenrelay.model.detokenizer import IncrementalDetokenizer
 from tokenrelay.model.gguf_tokenizer import build_gguf_tokenizer
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.model.weights.errors import CheckpointError
-from tokenrelay.model.weights.gguf_metadata import read_gguf_metadata
+from tokenrelay.model.weights.gguf.metadata import read_gguf_metadata
 from tokenrelay.model.weights.sources import ModelSource, resolve
 
 TEXTS = hard_texts(1000)
@@ -211,28 +212,14 @@ PIECES = [*"▁abcdehlorstwz<>/", "▁t", "he", "▁the", "ll", "lo", "▁h", "�
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("spm") / "spm.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(spm_tokens())
-    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(PIECES))])
-    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(PIECES))
-    for add, token_id in ((writer.add_unk_token_id, 0), (writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2)):
-        add(token_id)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    path = write_sentencepiece(tmp_path_factory.mktemp("spm") / "spm.gguf", PIECES)
     return Tokenizer.from_source(resolve(str(path)))
-
-
-def spm_tokens() -> list[str]:
-    return ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *PIECES]
 
 
 def test_sentencepiece_equals_transformers(sentencepiece: Tokenizer) -> None:
     """Against LlamaTokenizerFast, with the normalizer that the published tokenizer.json of Llama 2 has."""
     scores = {piece: -float(i) for i, piece in enumerate(PIECES)}
-    vocab = {token: i for i, token in enumerate(spm_tokens())}
+    vocab = {token: i for i, token in enumerate(tokens_with(PIECES))}
     reference = LlamaTokenizerFast(vocab=vocab, merges=generate_merges(vocab, scores))
     reference.backend_tokenizer.pre_tokenizer = None
     reference.backend_tokenizer.normalizer = normalizers.Sequence(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFWriter
 
-from tokenrelay.model.weights.gguf_metadata import GGUFMetadata, read_gguf_metadata
+from tokenrelay.model.weights.gguf.metadata import GGUFMetadata, read_gguf_metadata
 
 Matrix = npt.NDArray[np.float32]
 

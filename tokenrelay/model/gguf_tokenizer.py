@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from tokenrelay.model.config import UnsupportedModelError
-from tokenrelay.model.weights.gguf_metadata import GGUFMetadata
+from tokenrelay.model.weights.gguf.metadata import GGUFMetadata
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 _SPECIAL = (_UNKNOWN, _CONTROL)

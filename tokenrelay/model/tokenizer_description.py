@@ -18,8 +18,8 @@ from tokenrelay.model.config import UnsupportedModelError
 from tokenrelay.model.gguf_tokenizer import build_gguf_tokenizer, special_token
 from tokenrelay.model.weights.config_reader import generation_eos_ids, read_json
 from tokenrelay.model.weights.errors import CheckpointError
-from tokenrelay.model.weights.gguf_config import gguf_eos_ids
-from tokenrelay.model.weights.gguf_metadata import read_gguf_metadata
+from tokenrelay.model.weights.gguf.config import gguf_eos_ids
+from tokenrelay.model.weights.gguf.metadata import read_gguf_metadata
 from tokenrelay.model.weights.sources import ModelSource
 
 _GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from tests.model.weights.networks import tiny_llama
 from tokenrelay.model.config import EngineConfig
 from tokenrelay.model.engine.beam_search import BeamSearch, Hypothesis
 from tokenrelay.model.engine.engine import Engine
@@ -24,20 +25,9 @@ PROMPT = [5, 9, 3, 14, 8, 7, 11, 5, 9, 3, 1, 4, 4, 12, 6, 10, 13, 5]
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, Path]:
     """A small vocabulary, so that sequences end now and then."""
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=EOS,
-        pad_token_id=0,
-        initializer_range=0.15,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_llama(
+        tie=False, seed=1, vocab_size=16, eos_token_id=EOS, pad_token_id=0, initializer_range=0.15
+    ).eval()
     folder = tmp_path_factory.mktemp("tiny")
     model.save_pretrained(folder)
     return model, folder

@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.model.fake_cuda import BLOCK, fake_cuda, fake_executor
 from tests.model.generation import generate
 from tests.model.transformer.test_fake_cuda import CONFIGS, CONTEXT
+from tests.model.weights.networks import saved_llama
 from tokenrelay.model.config import EngineConfig
 from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.engine.executor import EagerExecutor, StepInputs
@@ -81,19 +81,9 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    path = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(path)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+    path = saved_llama(tmp_path_factory.mktemp("tiny"), **heads, **sizes, initializer_range=0.3)
     return Engine.from_checkpoint(SafetensorsCheckpoint(path), CONFIG, dtype=torch.float32, device=CPU)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.model.weights.networks import saved_llama
 from tokenrelay.model.config import EngineConfig
 from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.engine.request import Request
@@ -102,19 +102,8 @@ CASES = (
 @pytest.fixture(scope="module", params=MODES)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """One network and cache per mode; every case gets a scheduler of its own over them."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-    )
     folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    saved_llama(folder, vocab_size=64, max_position_embeddings=256, initializer_range=0.1)
     return Engine.from_checkpoint(
         SafetensorsCheckpoint(folder),
         EngineConfig(**MODES[request.param]),

@@ -11,8 +11,9 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from tests.model.weights.networks import saved_llama
 from tokenrelay.model.config import EngineConfig
 from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.engine.pooling import unit
@@ -39,20 +40,8 @@ bit_for_bit = pytest.mark.skipif(not native.is_available(), reason="stock torch 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.1,
-    )
     path = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return saved_llama(path, vocab_size=64, max_position_embeddings=CONTEXT, initializer_range=0.1)
 
 
 def load(folder: Path, dtype: torch.dtype, mode: str = "plain") -> Engine:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.model.generation import generate
+from tests.model.weights.networks import saved_llama
 from tokenrelay.model.config import EngineConfig, Quantization
 from tokenrelay.model.engine.engine import Engine
 from tokenrelay.model.engine.ranks import follow
@@ -28,19 +28,8 @@ PROMPTS = [range(3, 40), [5, 6, 7, 8] * 6, range(3, 36), [9, 9, 4] * 5, [8, 8, 8
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> SafetensorsCheckpoint:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-    )
     folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    saved_llama(folder, intermediate_size=128, max_position_embeddings=256, initializer_range=0.1)
     return SafetensorsCheckpoint(folder)
 
 

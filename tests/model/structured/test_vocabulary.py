@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 import pytest
-from gguf import GGUFWriter
 
+from tests.model.sentencepiece import write_sentencepiece
 from tests.model.structured.writing import Writer, allowed
 from tokenrelay.model.structured import grammars
 from tokenrelay.model.structured.compiler import GrammarCompiler
@@ -17,23 +17,12 @@ from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.model.weights import resolve
 
 PIECES = [*'▁abcdehlorstwz<>/{}":', "▁t", "he", "▁the", "ll", "lo", "hello", "▁wor", "ld", "or", '":', '{"', "▁▁"]
-SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Byte fallback, and a space before every text."""
-    path = tmp_path_factory.mktemp("spm") / "spm.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), *PIECES])
-    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(PIECES))])
-    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(PIECES))
-    for add, token_id in ((writer.add_unk_token_id, 0), (writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2)):
-        add(token_id)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    path = write_sentencepiece(tmp_path_factory.mktemp("spm") / "spm.gguf", PIECES)
     return Tokenizer.from_source(resolve(str(path)))
 
 

@@ -153,16 +153,6 @@ def test_weights_alone_in_8_bits_multiply_as_what_they_mean(rows: int, isa: str)
     assert torch.equal(layer(x), PackedLinear(weight.dequantized(), layer.bias)(x))
 
 
-def test_a_row_has_the_same_bits_alone_and_in_any_batch() -> None:
-    (layer, _), x = weight_only(100, 96), torch.randn(113, 96)
-    together = layer(x)
-    for threads in (1, 2, 3):
-        native.set_num_threads(threads)
-        assert torch.equal(layer(x), together)
-    for begin, end in ((0, 1), (50, 52), (7, 20), (16, 113)):
-        assert torch.equal(layer(x[begin:end]), together[begin:end])
-
-
 def test_every_layer_gives_single_rows_of_its_matrix() -> None:
     weight, ids = torch.randn(50, 64), torch.tensor([0, 49, 17, 16, 17])
     eight, four = quantize(weight), quantize_to_4_bits(weight)

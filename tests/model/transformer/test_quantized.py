@@ -9,7 +9,7 @@ from torch import Tensor
 from tokenrelay.model.quantized import GROUP, Quantized, quantize, stacked
 from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.kernels import native, reference
-from tokenrelay.model.transformer.kernels.packed_linear import QuantizedLinear
+from tokenrelay.model.transformer.kernels.packed_linear import PackedLinear, QuantizedLinear
 
 pytestmark = [
     pytest.mark.skipif(not native.is_available(), reason=native.why_unavailable() or "native library"),
@@ -58,9 +58,11 @@ def test_the_reference_is_the_product_of_what_was_rounded(bits: int) -> None:
     torch.testing.assert_close(found, rounded @ weight.dequantized().T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_row_has_the_same_bits_alone_and_in_any_batch(bits: int) -> None:
-    layer, x = QuantizedLinear(weight_of(bits, 576, 200)), rows_of(113, 576)
+@pytest.mark.parametrize(("kind", "bits"), [(QuantizedLinear, 8), (QuantizedLinear, 4), (PackedLinear, 8)])
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(
+    kind: type[QuantizedLinear] | type[PackedLinear], bits: int
+) -> None:
+    layer, x = kind(weight_of(bits, 576, 200), torch.randn(200)), rows_of(113, 576)
     together = layer(x)
     for threads in (1, 2, 3):
         native.set_num_threads(threads)

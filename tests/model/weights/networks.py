@@ -18,23 +18,31 @@ LONGROPE = {
     "long_factor": _FACTORS,
     "original_max_position_embeddings": 32,
 }
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": 2,
+}
 
 
-def tiny_llama(tie: bool = True, rope: dict[str, Any] | None = None) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=tie,
-        eos_token_id=2,
-        rope_parameters=rope and dict(rope),
-    )
-    return LlamaForCausalLM(config)
+def tiny_llama(
+    tie: bool = True, rope: dict[str, Any] | None = None, seed: int = 0, **differences: Any
+) -> LlamaForCausalLM:
+    """``differences`` are fields of its configuration that are not as usual here."""
+    torch.manual_seed(seed)
+    fields = _LLAMA | {"tie_word_embeddings": tie, "rope_parameters": rope and dict(rope)} | differences
+    return LlamaForCausalLM(LlamaConfig(**fields))
+
+
+def saved_llama(folder: Path, **differences: Any) -> Path:
+    """A folder as transformers writes it, with an output matrix of its own."""
+    tiny_llama(tie=False, **differences).save_pretrained(folder)
+    return folder
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:

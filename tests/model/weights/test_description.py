@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.model.weights.networks import tiny_llama
 from tokenrelay.model.weights import describe, read_model_config, resolve
 
 
@@ -20,21 +20,12 @@ def test_of_a_gguf_file(smollm2_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_of_a_folder(tmp_path: Path, tied: bool) -> None:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    network = AutoModelForCausalLM.from_config(config)
+    network = tiny_llama(tied)
     network.save_pretrained(tmp_path)
     described_config = json.loads((tmp_path / "config.json").read_text())
     source = resolve(str(tmp_path))
     described = describe(source, read_model_config(source))
-    norms = (2 * 2 + 1) * 32
+    norms = (2 * 2 + 1) * 64
     assert described.num_parameters == sum(weight.numel() for weight in network.parameters()) - norms
     assert described.weight_type == {"float32": "F32"}[described_config["dtype"]]
     assert (described.file_format, described.family) == ("safetensors", "llama")

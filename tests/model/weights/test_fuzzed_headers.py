@@ -28,7 +28,7 @@ from tokenrelay.model.transformer.placing import WeightsError
 from tokenrelay.model.weights import describe, read_model_config
 from tokenrelay.model.weights.checkpoint import open_checkpoint
 from tokenrelay.model.weights.errors import CheckpointError
-from tokenrelay.model.weights.gguf_metadata import read_gguf_metadata
+from tokenrelay.model.weights.gguf.metadata import read_gguf_metadata
 from tokenrelay.model.weights.sources import ModelSource
 
 REFUSALS = (CheckpointError, UnsupportedModelError, WeightsError, ChatTemplateError)

@@ -30,10 +30,10 @@ from tokenrelay.model.transformer.transformer import Transformer
 from tokenrelay.model.weights.checkpoint import open_checkpoint
 from tokenrelay.model.weights.config_reader import read_model_config
 from tokenrelay.model.weights.errors import CheckpointError
-from tokenrelay.model.weights.gguf import GGUFCheckpoint
-from tokenrelay.model.weights.gguf_config import config_from_gguf
-from tokenrelay.model.weights.gguf_metadata import read_gguf_metadata
-from tokenrelay.model.weights.gguf_quantized import quantized_from
+from tokenrelay.model.weights.gguf.checkpoint import GGUFCheckpoint
+from tokenrelay.model.weights.gguf.config import config_from_gguf
+from tokenrelay.model.weights.gguf.metadata import read_gguf_metadata
+from tokenrelay.model.weights.gguf.quantized import quantized_from
 from tokenrelay.model.weights.sources import ModelSource, resolve
 
 TOLERANCE = {

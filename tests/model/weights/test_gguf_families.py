@@ -13,7 +13,7 @@ from tests.model.families.networks import TINY
 from tests.model.families.running import logits
 from tests.model.weights.gguf_writer import write_gguf
 from tokenrelay.model.transformer.loading import load_transformer
-from tokenrelay.model.weights.gguf import GGUFCheckpoint
+from tokenrelay.model.weights.gguf.checkpoint import GGUFCheckpoint
 
 # What the format does not hold is as llama.cpp has it for every model of the architecture: Gemma's scale and windows,
 # SmolLM3's layers without positions, no window for Mistral and StarCoder 2, experts in every layer.

@@ -18,7 +18,7 @@ from tokenrelay.model.config import UnsupportedModelError
 from tokenrelay.model.families import read_hf_config
 from tokenrelay.model.transformer.rope import rotary_table
 from tokenrelay.model.weights.errors import CheckpointError
-from tokenrelay.model.weights.gguf import GGUFCheckpoint
+from tokenrelay.model.weights.gguf.checkpoint import GGUFCheckpoint
 
 FACTOR = "llama.rope.scaling.factor"
 ORIGINAL = {"original_max_position_embeddings": 32}

@@ -13,7 +13,7 @@ from tests.model.weights.gguf_writer import gguf_tensors, write_metadata
 from tests.model.weights.networks import tiny_llama
 from tokenrelay.model.weights import describe, resolve
 from tokenrelay.model.weights.errors import CheckpointError
-from tokenrelay.model.weights.gguf import GGUFCheckpoint
+from tokenrelay.model.weights.gguf.checkpoint import GGUFCheckpoint
 
 
 @pytest.fixture

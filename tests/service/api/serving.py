@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from tests.service.published.judge import Judge
 from tokenrelay.model.sampling_params import TokenLogprobs
 from tokenrelay.service.api.app import create_app
-from tokenrelay.service.api.connection import Connection
+from tokenrelay.service.api.http.connection import Connection
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.api.server import DrainingServer

@@ -12,8 +12,8 @@ from fastapi.routing import APIRoute
 
 from tests.service.api.keyed import KeyFile, asking_as, bearer, keyed
 from tests.service.api.serving import Server, refused, serving, wait_for, working
+from tokenrelay.service.api.access.authentication import HEALTH
 from tokenrelay.service.api.app import PARTS
-from tokenrelay.service.api.authentication import HEALTH
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.key_file import ApiKeysError, revoke_api_key
 from tokenrelay.service.settings import Settings
@@ -125,7 +125,7 @@ def test_openai_s_client_gets_in_or_is_told_why_not(server: Server, file: KeyFil
 class TestReloading:
     @pytest.fixture
     def mine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KeyFile:
-        monkeypatch.setattr("tokenrelay.service.api.keyring.POLL_SECONDS", 0.02)
+        monkeypatch.setattr("tokenrelay.service.api.access.keyring.POLL_SECONDS", 0.02)
         file = KeyFile(tmp_path / "keys.jsonl")
         file.create("first")
         return file

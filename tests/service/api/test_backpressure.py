@@ -34,7 +34,7 @@ def api_settings(valkey: EmbeddedValkey) -> Settings:
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenrelay.service.api.queue_watch.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("tokenrelay.service.api.streaming.queue_watch.LOOK_SECONDS", 0.01)
 
 
 def body(server: Server, **fields: Any) -> dict[str, Any]:

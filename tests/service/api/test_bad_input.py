@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.service.api.conftest import accepted
 from tests.service.api.serving import JSON, Server, refused
-from tokenrelay.service.api.body import field_path, parse_json
+from tokenrelay.service.api.http.body import field_path, parse_json
 from tokenrelay.service.api.schemas.not_built import ON_CHAT, ON_COMPLETIONS, asks_for_nothing
 from tokenrelay.service.api.schemas.request import GenerationRequest
 from tokenrelay.service.errors import InvalidRequestError

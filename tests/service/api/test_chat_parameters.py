@@ -13,9 +13,9 @@ from openai import AsyncOpenAI
 
 from tests.service.api.serving import PacedWorker, Server, refused, serving, working
 from tokenrelay.service.api.assistant.dialect import Dialect
-from tokenrelay.service.api.choices import total_usage
+from tokenrelay.service.api.lifecycle.choices import total_usage
+from tokenrelay.service.api.lifecycle.timings import timings_of
 from tokenrelay.service.api.served_model import ServedModel, load_served_model
-from tokenrelay.service.api.timings import timings_of
 from tokenrelay.service.messages import Submission, Usage
 from tokenrelay.service.request_records import Moment
 from tokenrelay.service.settings import Settings

@@ -14,7 +14,7 @@ import pytest
 from tests.service.api.conftest import accepted, ended
 from tests.service.api.serving import Server, refused, sse_events, wait_for, working
 from tests.service.api.test_requests import asking, status
-from tokenrelay.service.api.deadline import REPLY_SECONDS, Deadline
+from tokenrelay.service.api.lifecycle.deadline import REPLY_SECONDS, Deadline
 from tokenrelay.service.broker import connect
 from tokenrelay.service.embedded_valkey import EmbeddedValkey
 from tokenrelay.service.errors import BrokerUnavailable, DeadlineExceeded

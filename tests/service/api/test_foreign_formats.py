@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.service.api.anthropic.test_content import replayed
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.anthropic.messages_format import MessagesFormat
-from tokenrelay.service.api.choices import Finished, Output, Step
+from tokenrelay.service.api.lifecycle.choices import Finished, Output, Step
 from tokenrelay.service.api.ollama.ollama_format import OllamaChatFormat
 from tokenrelay.service.api.schemas.usage import CompletionUsage, PromptTokensDetails
 from tokenrelay.service.api.served_model import ServedModel

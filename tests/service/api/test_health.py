@@ -17,7 +17,7 @@ from openai import AsyncOpenAI
 
 from tests.service.api.serving import Endpoint, Server, api_process, serving, words, working
 from tokenrelay import __version__
-from tokenrelay.service.api.readiness import Readiness
+from tokenrelay.service.api.operations.readiness import Readiness
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.broker import connect
 from tokenrelay.service.embedded_valkey import EmbeddedValkey

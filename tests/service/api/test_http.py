@@ -42,7 +42,7 @@ def test_a_body_beyond_the_limit_is_413(server: Server, post: httpx.Client, chun
 
 
 async def test_a_body_that_does_not_arrive_is_408(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenrelay.service.api.body.BODY_SECONDS", 0.05)
+    monkeypatch.setattr("tokenrelay.service.api.http.body.BODY_SECONDS", 0.05)
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"

@@ -169,7 +169,7 @@ async def test_metrics_name_as_many_tenants_as_they_may(server: Server, ask: Any
 async def test_a_key_s_new_limits_hold_at_once(
     api_settings: Settings, served_model: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokenrelay.service.api.keyring.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("tokenrelay.service.api.access.keyring.POLL_SECONDS", 0.02)
     file = KeyFile(tmp_path / "keys.jsonl")
     secret = file.create("alice")
     with keyed(api_settings, served_model, file) as server:

@@ -14,11 +14,11 @@ from tests.service.api.serving import PacedWorker, Server, sse_events, words
 from tokenrelay.model.families import read_hf_config
 from tokenrelay.model.sampling_params import SamplingParams, TokenLogprobs
 from tokenrelay.model.tokenizer import Tokenizer
-from tokenrelay.service.api.answer_specs import Wording, answer_specs
+from tokenrelay.service.api.admission.answer_specs import Wording, answer_specs
 from tokenrelay.service.api.assistant.dialect import Dialect
-from tokenrelay.service.api.choices import Finished, Output, Step
-from tokenrelay.service.api.completion_format import CompletionFormat
-from tokenrelay.service.api.logprobs import LogprobsFormat
+from tokenrelay.service.api.lifecycle.choices import Finished, Output, Step
+from tokenrelay.service.api.openai.completion_format import CompletionFormat
+from tokenrelay.service.api.openai.logprobs import LogprobsFormat
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.completions import Completion, CompletionRequest
 from tokenrelay.service.api.schemas.usage import CompletionUsage, PromptTokensDetails

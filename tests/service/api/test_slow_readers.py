@@ -19,7 +19,7 @@ import pytest
 
 from tests.service.api.serving import Endpoint, Server, api_process, sse_events, wait_for, words, working
 from tests.service.api.test_overload import percentile
-from tokenrelay.service.api.connection import STALL_SECONDS, Connection
+from tokenrelay.service.api.http.connection import STALL_SECONDS, Connection
 from tokenrelay.service.embedded_valkey import EmbeddedValkey
 from tokenrelay.service.messages import encode
 from tokenrelay.service.settings import Settings
@@ -92,7 +92,7 @@ async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenrelay.service.api.connection.STALL_SECONDS", STALL)
+    monkeypatch.setattr("tokenrelay.service.api.http.connection.STALL_SECONDS", STALL)
 
 
 def unsent(connection: Connection) -> int:

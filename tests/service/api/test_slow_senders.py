@@ -44,9 +44,9 @@ class Ending(NamedTuple):
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenrelay.service.api.connection.HEAD_SECONDS", PATIENCE)
-    monkeypatch.setattr("tokenrelay.service.api.connection.LINGER_SECONDS", PATIENCE)
-    monkeypatch.setattr("tokenrelay.service.api.body.BODY_SECONDS", PATIENCE)
+    monkeypatch.setattr("tokenrelay.service.api.http.connection.HEAD_SECONDS", PATIENCE)
+    monkeypatch.setattr("tokenrelay.service.api.http.connection.LINGER_SECONDS", PATIENCE)
+    monkeypatch.setattr("tokenrelay.service.api.http.body.BODY_SECONDS", PATIENCE)
 
 
 async def drip(port: int, beginning: bytes, pace: float, delay: float = 0.0) -> Ending:
@@ -96,7 +96,7 @@ async def test_a_head_that_follows_an_answer_has_no_more_time(server: Server) ->
 
 @pytest.mark.usefixtures("impatient")
 async def test_a_large_body_has_the_time_that_it_takes(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenrelay.service.api.body.BODY_BYTES_PER_SECOND", 1000)
+    monkeypatch.setattr("tokenrelay.service.api.http.body.BODY_BYTES_PER_SECOND", 1000)
     begun = time.monotonic()
 
     async def content() -> AsyncIterator[bytes]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tokenrelay.service.api.schemas.chat import ChatCompletionChunk, ChunkChoice, MessageDelta
 from tokenrelay.service.api.schemas.completions import Completion, CompletionChoice
-from tokenrelay.service.api.sse import ServerSentEvents
-from tokenrelay.service.api.text_chunks import TextChunks
+from tokenrelay.service.api.streaming.sse import ServerSentEvents
+from tokenrelay.service.api.streaming.text_chunks import TextChunks
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(['"', "\\", "\0", "\n\n", "\u2028", "é😀"])
 ABOUT: dict[str, Any] = {"id": 'chatcmpl-"\\', "created": 1, "model": "a/b\0"}

@@ -12,8 +12,8 @@ from starlette.types import Message, Receive, Scope, Send
 from tests.service.api.keyed import KeyFile, bearer, keyed
 from tests.service.api.serving import Server, working
 from tokenrelay.service.api.app import PARTS
+from tokenrelay.service.api.http.unprefixed import UnprefixedMiddleware
 from tokenrelay.service.api.served_model import ServedModel
-from tokenrelay.service.api.unprefixed import UnprefixedMiddleware
 from tokenrelay.service.settings import Settings
 
 ROUTES = sorted(

@@ -10,7 +10,7 @@ from tests.service.conftest import WaitUntil
 from tests.service.relay import submit
 from tests.service.running import TWO_SECONDS
 from tests.service.worker.working import working
-from tokenrelay.service.api.readiness import Readiness
+from tokenrelay.service.api.operations.readiness import Readiness
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.queue import Queue
 from tokenrelay.service.registry import Registry

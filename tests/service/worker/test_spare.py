@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 from tests.service.conftest import WaitUntil
 from tests.service.relay import submit
 from tests.service.worker.working import working
-from tokenrelay.service.api.readiness import Readiness
+from tokenrelay.service.api.operations.readiness import Readiness
 from tokenrelay.service.keys import Keys
 from tokenrelay.service.messages import WorkerFacts
 from tokenrelay.service.queue import Queue

@@ -1,7 +1,7 @@
 """Where weights come from and what their files say.
 
 This package's names need no torch (the API process imports them). Reading tensors does: that is ``checkpoint``,
-with ``gguf`` and ``safetensors`` behind it.
+with ``gguf.checkpoint`` and ``safetensors`` behind it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.families import Rule
 from tokenrelay.model.quantized import Quantized
-from tokenrelay.model.weights.gguf import GGUFCheckpoint
+from tokenrelay.model.weights.gguf.checkpoint import GGUFCheckpoint
 from tokenrelay.model.weights.safetensors import SafetensorsCheckpoint
 from tokenrelay.model.weights.sources import ModelSource
 

@@ -14,8 +14,8 @@ from tokenrelay.model.config import ModelConfig, UnsupportedModelError
 from tokenrelay.model.families import read_hf_config
 from tokenrelay.model.weights.config_check import MAX_LAYERS, config_fault
 from tokenrelay.model.weights.errors import CheckpointError
-from tokenrelay.model.weights.gguf_config import config_from_gguf
-from tokenrelay.model.weights.gguf_metadata import read_gguf_metadata
+from tokenrelay.model.weights.gguf.config import config_from_gguf
+from tokenrelay.model.weights.gguf.metadata import read_gguf_metadata
 from tokenrelay.model.weights.sources import ModelSource
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer")

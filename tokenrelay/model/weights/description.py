@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenrelay.model.config import ModelConfig
 from tokenrelay.model.weights.config_reader import read_json
-from tokenrelay.model.weights.gguf_metadata import gguf_parts, read_gguf_metadata
+from tokenrelay.model.weights.gguf.metadata import gguf_parts, read_gguf_metadata
 from tokenrelay.model.weights.sources import ModelSource
 
 _GGML_TYPES = {

@@ -11,22 +11,22 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from tokenrelay.model.tokenizer import Tokenizer
-from tokenrelay.service.api.answer_specs import AnyBody, Wording
+from tokenrelay.service.api.admission.answer_specs import AnyBody, Wording
+from tokenrelay.service.api.admission.client_terms import terms_of
 from tokenrelay.service.api.anthropic.messages_format import PREFIX as MESSAGE
 from tokenrelay.service.api.anthropic.messages_format import MessagesFormat
-from tokenrelay.service.api.chat_format import ChatFormat
-from tokenrelay.service.api.choices import LARGE_LOGPROBS, Choices, Finished
-from tokenrelay.service.api.client_terms import terms_of
-from tokenrelay.service.api.completion_format import CompletionFormat
-from tokenrelay.service.api.embedding_format import EmbeddingFormat
 from tokenrelay.service.api.event_loop import client_gone, off_loop_if_large, race
-from tokenrelay.service.api.event_stream import EventStream, StreamFormat
-from tokenrelay.service.api.interim import InterimFormat, interim_frames
+from tokenrelay.service.api.lifecycle.choices import LARGE_LOGPROBS, Choices, Finished
 from tokenrelay.service.api.ollama.ollama_format import PREFIX as OLLAMA
 from tokenrelay.service.api.ollama.ollama_format import OllamaChatFormat, OllamaGenerateFormat
+from tokenrelay.service.api.openai.chat_format import ChatFormat
+from tokenrelay.service.api.openai.completion_format import CompletionFormat
+from tokenrelay.service.api.openai.embedding_format import EmbeddingFormat
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.responses.event_sequence import PREFIX as RESPONSE
 from tokenrelay.service.api.responses.response_format import ResponseFormat
+from tokenrelay.service.api.streaming.event_stream import EventStream, StreamFormat
+from tokenrelay.service.api.streaming.interim import InterimFormat, interim_frames
 from tokenrelay.service.messages import Submission
 from tokenrelay.service.terms import AnswerSpec, Route
 

@@ -11,29 +11,20 @@ from starlette.routing import Route
 
 from tokenrelay import __version__
 from tokenrelay.service.adapters import named_adapters
-from tokenrelay.service.api import (
-    adapters,
-    chat,
-    completions,
-    embeddings,
-    health,
-    models,
-    requests,
-    tokenization,
-    usage,
-)
+from tokenrelay.service.api.access.authentication import AuthenticationMiddleware
+from tokenrelay.service.api.access.keyring import Keyring
 from tokenrelay.service.api.anthropic import routes as anthropic
-from tokenrelay.service.api.authentication import AuthenticationMiddleware
-from tokenrelay.service.api.error_handlers import add_error_handlers
-from tokenrelay.service.api.keyring import Keyring
+from tokenrelay.service.api.http.error_handlers import add_error_handlers
+from tokenrelay.service.api.http.request_id import RequestIdMiddleware
+from tokenrelay.service.api.http.unprefixed import UnprefixedMiddleware
 from tokenrelay.service.api.ollama import models as ollama_models
 from tokenrelay.service.api.ollama import routes as ollama
-from tokenrelay.service.api.openapi_document import add_openapi
+from tokenrelay.service.api.openai import chat, completions, embeddings, models, tokenization
+from tokenrelay.service.api.openapi.document import add_openapi
+from tokenrelay.service.api.operations import adapters, health, requests, usage
 from tokenrelay.service.api.process import running
-from tokenrelay.service.api.request_id import RequestIdMiddleware
 from tokenrelay.service.api.responses import routes as responses
 from tokenrelay.service.api.served_model import ServedModel
-from tokenrelay.service.api.unprefixed import UnprefixedMiddleware
 from tokenrelay.service.metrics import ApiMetrics, new_registry
 from tokenrelay.service.settings import Settings
 

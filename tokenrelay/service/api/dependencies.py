@@ -6,10 +6,10 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from tokenrelay.service.api.admission import Admission
+from tokenrelay.service.api.admission.admission import Admission
 from tokenrelay.service.api.catalogue import Catalogue
+from tokenrelay.service.api.operations.readiness import Readiness
 from tokenrelay.service.api.process import ApiProcess
-from tokenrelay.service.api.readiness import Readiness
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.tenants import Tenant
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 import structlog
 
 from tokenrelay.service.adapters import AdapterDirectory
-from tokenrelay.service.api.admission import Admission
+from tokenrelay.service.api.access.keyring import Keyring
+from tokenrelay.service.api.admission.admission import Admission
+from tokenrelay.service.api.admission.structured import Grammars
 from tokenrelay.service.api.catalogue import Catalogue
-from tokenrelay.service.api.generation import Generations
-from tokenrelay.service.api.keyring import Keyring
-from tokenrelay.service.api.queue_watch import QueueWatch
-from tokenrelay.service.api.readiness import Readiness
+from tokenrelay.service.api.lifecycle.generation import Generations
+from tokenrelay.service.api.operations.readiness import Readiness
 from tokenrelay.service.api.responses.archive import ResponseArchive
 from tokenrelay.service.api.responses.store import ResponseStore
 from tokenrelay.service.api.served_model import ServedModel
-from tokenrelay.service.api.structured import Grammars
+from tokenrelay.service.api.streaming.queue_watch import QueueWatch
 from tokenrelay.service.broker import connect
 from tokenrelay.service.errors import BrokerUnavailable
 from tokenrelay.service.keys import Keys

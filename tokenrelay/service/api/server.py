@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tokenrelay.service.api.app import create_app
-from tokenrelay.service.api.connection import KEEP_ALIVE_SECONDS, Connection
+from tokenrelay.service.api.http.connection import KEEP_ALIVE_SECONDS, Connection
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.served_model import load_served_model
 from tokenrelay.service.notification import tell_ready

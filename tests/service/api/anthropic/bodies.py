@@ -8,7 +8,7 @@ from typing import Any
 from tokenrelay.service.api.anthropic import translation
 from tokenrelay.service.api.anthropic.request import MessagesRequest
 from tokenrelay.service.api.assistant.dialect import Dialect
-from tokenrelay.service.api.body import validate
+from tokenrelay.service.api.http.body import validate
 
 PLAIN = Dialect("", "", False, False, frozenset(), {})
 SWITCHABLE = replace(PLAIN, reasoning_format="think", variables=frozenset({"enable_thinking"}))

@@ -10,8 +10,8 @@ from tests.service.api.anthropic.bodies import PLAIN, SWITCHABLE, THINKER, body,
 from tokenrelay.service.api.anthropic.request import MessagesRequest
 from tokenrelay.service.api.anthropic.translation import WORDS, as_chat
 from tokenrelay.service.api.assistant.dialect import Dialect
-from tokenrelay.service.api.body import validate
-from tokenrelay.service.api.rewording import told_in
+from tokenrelay.service.api.http.body import validate
+from tokenrelay.service.api.http.rewording import told_in
 from tokenrelay.service.errors import InvalidRequestError, UnsupportedParameter
 
 EPHEMERAL = {"type": "ephemeral"}

@@ -8,7 +8,8 @@ import pytest
 
 from tests.service.api.anthropic.bodies import PLAIN, SWITCHABLE, THINKER
 from tokenrelay.service.api.assistant.dialect import Dialect
-from tokenrelay.service.api.body import validate
+from tokenrelay.service.api.http.body import validate
+from tokenrelay.service.api.http.rewording import told_in
 from tokenrelay.service.api.ollama.request import OllamaChatRequest, OllamaGenerateRequest
 from tokenrelay.service.api.ollama.translation import (
     WORDS,
@@ -18,7 +19,6 @@ from tokenrelay.service.api.ollama.translation import (
     named,
     raw_of,
 )
-from tokenrelay.service.api.rewording import told_in
 from tokenrelay.service.errors import InvalidRequestError, UnsupportedParameter
 
 USER = {"role": "user", "content": "Hi"}

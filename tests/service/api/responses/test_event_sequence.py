@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.service.api.responses.openai_events import deltas, require_whole
 from tests.service.api.serving import token_logprobs
 from tokenrelay.service.api.assistant.deltas import Delta, ReasoningDelta, TextDelta, ToolCallDelta
-from tokenrelay.service.api.choices import Output, Step
+from tokenrelay.service.api.lifecycle.choices import Output, Step
 from tokenrelay.service.api.responses import event_sequence
 from tokenrelay.service.api.responses.event_sequence import EventSequence
 from tokenrelay.service.api.responses.request import ResponsesRequest

@@ -23,9 +23,9 @@ from tokenrelay.service.api.anthropic.message import (
 )
 from tokenrelay.service.api.assistant.deltas import Delta
 from tokenrelay.service.api.assistant.parser import AssistantParser
-from tokenrelay.service.api.choices import Finished, Output, Step
+from tokenrelay.service.api.lifecycle.choices import Finished, Output, Step
 from tokenrelay.service.api.schemas.usage import CompletionUsage
-from tokenrelay.service.api.sse import NamedEvents
+from tokenrelay.service.api.streaming.sse import NamedEvents
 from tokenrelay.service.errors import ServiceError
 from tokenrelay.service.terms import AnswerSpec
 

@@ -7,17 +7,17 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from tokenrelay.service.api.answer_specs import Wording
+from tokenrelay.service.api.admission.answer_specs import Wording
+from tokenrelay.service.api.admission.room import require_room
 from tokenrelay.service.api.answering import answer
 from tokenrelay.service.api.anthropic.errors import AnthropicErrorBody
 from tokenrelay.service.api.anthropic.message import MESSAGE_EVENTS, AnthropicMessage, InputTokens
 from tokenrelay.service.api.anthropic.request import CountTokensRequest, MessagesRequest
 from tokenrelay.service.api.anthropic.translation import WORDS, as_chat, as_prompt
-from tokenrelay.service.api.body import json_body
 from tokenrelay.service.api.dependencies import AdmissionDep, Model, RelayId
-from tokenrelay.service.api.openapi import documented
-from tokenrelay.service.api.rewording import told_in
-from tokenrelay.service.api.room import require_room
+from tokenrelay.service.api.http.body import json_body
+from tokenrelay.service.api.http.rewording import told_in
+from tokenrelay.service.api.openapi.operation import documented
 
 router = APIRouter(tags=["anthropic"])
 

@@ -21,7 +21,7 @@ from tokenrelay.service.api.anthropic.request import (
 )
 from tokenrelay.service.api.assistant.dialect import Dialect
 from tokenrelay.service.api.assistant.thinking import SWITCH, thinking_switch
-from tokenrelay.service.api.body import validate
+from tokenrelay.service.api.http.body import validate
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.errors import InvalidRequestError
 

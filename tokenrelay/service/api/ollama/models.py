@@ -7,8 +7,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
-from tokenrelay.service.api.body import json_body
 from tokenrelay.service.api.dependencies import Api, CatalogueDep, Model
+from tokenrelay.service.api.http.body import json_body
 from tokenrelay.service.api.ollama.answer import (
     OllamaDetails,
     OllamaModel,
@@ -22,7 +22,7 @@ from tokenrelay.service.api.ollama.errors import OllamaErrorBody
 from tokenrelay.service.api.ollama.ollama_format import timestamp
 from tokenrelay.service.api.ollama.request import ShowRequest
 from tokenrelay.service.api.ollama.translation import LATEST, named
-from tokenrelay.service.api.openapi import documented
+from tokenrelay.service.api.openapi.operation import documented
 from tokenrelay.service.api.schemas.models import ModelCard
 from tokenrelay.service.api.served_model import ServedModel
 

@@ -12,11 +12,11 @@ from pydantic import BaseModel
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.assistant.deltas import ReasoningDelta, TextDelta
 from tokenrelay.service.api.assistant.parser import AssistantParser
-from tokenrelay.service.api.choices import Finished, Output, Step
-from tokenrelay.service.api.logprobs import LogprobsFormat
+from tokenrelay.service.api.lifecycle.choices import Finished, Output, Step
 from tokenrelay.service.api.ollama.answer import OllamaChatAnswer, OllamaGenerateAnswer, OllamaMessage
 from tokenrelay.service.api.ollama.calls import Calls
 from tokenrelay.service.api.ollama.errors import OllamaErrorBody
+from tokenrelay.service.api.openai.logprobs import LogprobsFormat
 from tokenrelay.service.api.schemas.usage import CompletionUsage, Timings
 from tokenrelay.service.errors import ServiceError
 from tokenrelay.service.terms import AnswerSpec

@@ -9,19 +9,19 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from tokenrelay.service.api.answer_specs import Body, Wording
+from tokenrelay.service.api.admission.answer_specs import Body, Wording
+from tokenrelay.service.api.admission.room import require_room
 from tokenrelay.service.api.answering import answer
-from tokenrelay.service.api.body import json_body
 from tokenrelay.service.api.catalogue import Catalogue
 from tokenrelay.service.api.dependencies import AdmissionDep, CatalogueDep, Model, RelayId
+from tokenrelay.service.api.http.body import json_body
+from tokenrelay.service.api.http.rewording import told_in
 from tokenrelay.service.api.ollama.answer import OllamaChatAnswer, OllamaGenerateAnswer, OllamaMessage
 from tokenrelay.service.api.ollama.errors import OllamaErrorBody
 from tokenrelay.service.api.ollama.ollama_format import timestamp
 from tokenrelay.service.api.ollama.request import OllamaChatRequest, OllamaGenerateRequest
 from tokenrelay.service.api.ollama.translation import WORDS, chat_of, generation_of, named, raw_of
-from tokenrelay.service.api.openapi import documented, lines
-from tokenrelay.service.api.rewording import told_in
-from tokenrelay.service.api.room import require_room
+from tokenrelay.service.api.openapi.operation import documented, lines
 from tokenrelay.service.api.served_model import ServedModel
 from tokenrelay.service.errors import InvalidRequestError
 from tokenrelay.service.messages import Submission

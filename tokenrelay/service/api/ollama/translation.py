@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenrelay.service.api.assistant.dialect import Dialect
 from tokenrelay.service.api.assistant.thinking import thinking_switch
-from tokenrelay.service.api.body import validate
+from tokenrelay.service.api.http.body import validate
 from tokenrelay.service.api.ollama.request import (
     CallParam,
     OllamaChatRequest,

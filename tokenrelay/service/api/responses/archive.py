@@ -12,9 +12,9 @@ from contextlib import suppress
 
 from tokenrelay.model.sampling_params import FinishReason
 from tokenrelay.model.tokenizer import Tokenizer
-from tokenrelay.service.api.choices import LARGE_LOGPROBS, lone_step
 from tokenrelay.service.api.event_loop import off_loop_if_large
-from tokenrelay.service.api.generation import as_service_error
+from tokenrelay.service.api.lifecycle.choices import LARGE_LOGPROBS, lone_step
+from tokenrelay.service.api.lifecycle.generation import as_service_error
 from tokenrelay.service.api.responses.event_sequence import PREFIX, EventSequence
 from tokenrelay.service.api.responses.store import ResponseStore, StoredResponse, unknown_response
 from tokenrelay.service.errors import BrokerUnavailable, Cancelled, NotFoundError

@@ -10,12 +10,12 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response as HttpResponse
 
-from tokenrelay.service.api.answer_specs import Wording
+from tokenrelay.service.api.admission.answer_specs import Wording
+from tokenrelay.service.api.admission.client_terms import terms_of
 from tokenrelay.service.api.answering import headers_of
-from tokenrelay.service.api.choices import Choices
-from tokenrelay.service.api.client_terms import terms_of
 from tokenrelay.service.api.event_loop import client_gone, race
-from tokenrelay.service.api.event_stream import EventStream
+from tokenrelay.service.api.http.rewording import told_in
+from tokenrelay.service.api.lifecycle.choices import Choices
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.responses.conversation import Item, as_kept, relay_id_of_item, relay_id_of_response
 from tokenrelay.service.api.responses.event_sequence import PREFIX, EventSequence
@@ -23,7 +23,7 @@ from tokenrelay.service.api.responses.items import ItemReference
 from tokenrelay.service.api.responses.request import ResponsesRequest
 from tokenrelay.service.api.responses.response_format import ResponseFormat
 from tokenrelay.service.api.responses.translation import WORDS, as_chat, echo
-from tokenrelay.service.api.rewording import told_in
+from tokenrelay.service.api.streaming.event_stream import EventStream
 from tokenrelay.service.errors import BrokerUnavailable, InvalidRequestError, NotFoundError
 from tokenrelay.service.messages import Submission
 from tokenrelay.service.tenants import Tenant

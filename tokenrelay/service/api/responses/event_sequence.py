@@ -9,8 +9,8 @@ from tokenrelay.model.sampling_params import FinishReason
 from tokenrelay.model.tokenizer import Tokenizer
 from tokenrelay.service.api.assistant.deltas import Delta, TextDelta
 from tokenrelay.service.api.assistant.parser import AssistantParser
-from tokenrelay.service.api.choices import Step
-from tokenrelay.service.api.logprobs import LogprobsFormat
+from tokenrelay.service.api.lifecycle.choices import Step
+from tokenrelay.service.api.openai.logprobs import LogprobsFormat
 from tokenrelay.service.api.responses.events import ErrorEvent, StateEvent, StreamEvent
 from tokenrelay.service.api.responses.objects import (
     IncompleteDetails,

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenrelay.model.tokenizer import Tokenizer
-from tokenrelay.service.api.choices import Finished, Step
+from tokenrelay.service.api.lifecycle.choices import Finished, Step
 from tokenrelay.service.api.responses.event_sequence import EventSequence
 from tokenrelay.service.api.responses.events import StreamEvent
 from tokenrelay.service.api.responses.objects import Response
-from tokenrelay.service.api.sse import RETRY, NamedEvents
+from tokenrelay.service.api.streaming.sse import RETRY, NamedEvents
 from tokenrelay.service.errors import ServiceError
 from tokenrelay.service.terms import AnswerSpec
 

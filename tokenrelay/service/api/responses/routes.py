@@ -10,13 +10,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response as HttpResponse
 
+from tokenrelay.service.api.admission.room import require_room
 from tokenrelay.service.api.answering import headers_of
-from tokenrelay.service.api.body import json_body
-from tokenrelay.service.api.choices import Choices
-from tokenrelay.service.api.cursor import Cursor
 from tokenrelay.service.api.dependencies import Api, RelayId, TenantDep
-from tokenrelay.service.api.generation import FAREWELL_SECONDS
-from tokenrelay.service.api.openapi import ERRORS, Responses, documented, events, header
+from tokenrelay.service.api.http.body import json_body
+from tokenrelay.service.api.lifecycle.choices import Choices
+from tokenrelay.service.api.lifecycle.cursor import Cursor
+from tokenrelay.service.api.lifecycle.generation import FAREWELL_SECONDS
+from tokenrelay.service.api.openapi.operation import ERRORS, Responses, documented, events, header
 from tokenrelay.service.api.process import ApiProcess
 from tokenrelay.service.api.responses.conversation import relay_id_of_response
 from tokenrelay.service.api.responses.creation import JSON, create, stream
@@ -25,7 +26,6 @@ from tokenrelay.service.api.responses.events import RESPONSE_EVENTS
 from tokenrelay.service.api.responses.objects import ItemList, Response, ResponseDeleted
 from tokenrelay.service.api.responses.request import ResponsesRequest
 from tokenrelay.service.api.responses.store import StoredResponse, unknown_response
-from tokenrelay.service.api.room import require_room
 from tokenrelay.service.errors import InvalidRequestError, NotFoundError
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenrelay.service.api.body import validate
+from tokenrelay.service.api.http.body import validate
+from tokenrelay.service.api.http.rewording import told_in
 from tokenrelay.service.api.responses.conversation import Item, as_messages
 from tokenrelay.service.api.responses.objects import Echo, Reasoning
 from tokenrelay.service.api.responses.request import (
@@ -16,7 +17,6 @@ from tokenrelay.service.api.responses.request import (
     TextFormat,
     ToolChoice,
 )
-from tokenrelay.service.api.rewording import told_in
 from tokenrelay.service.api.schemas.chat import ChatCompletionRequest
 from tokenrelay.service.api.schemas.sampling import SamplingFields
 
