@@ -25,7 +25,7 @@ def answer(status: str, body: bytes) -> bytes:
 
 
 async def complete(url: str) -> Measured:
-    return await Client(url, timeout=20).complete(b"{}", Measured(time.perf_counter()))
+    return await Client(url, timeout=60).complete(b"{}", Measured(time.perf_counter()))
 
 
 async def test_it_measures_the_real_api(running_server: Server) -> None:

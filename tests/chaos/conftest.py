@@ -8,11 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+from redis import Redis
 
 from tests.chaos.streams import Recording, mixed_requests, read_all
 from tests.service.running import MODEL, RunningService, wait_until
 from tests.service.tiny_model import write_tiny_model
 from tokenrelay.service.embedded_valkey import EmbeddedValkey
+from tokenrelay.service.keys import Keys
 
 EIGHT = mixed_requests(8, 40)
 
@@ -39,11 +41,25 @@ def tiny(tiny_model: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="package")
-def tiny_service(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any]) -> Iterator[RunningService]:
+def running_tiny_service(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any]) -> Iterator[RunningService]:
     """With the tiny model and a spare worker."""
     with RunningService(tmp_path_factory.mktemp("tiny"), spare_workers=1, **tiny) as service:
-        wait_until(lambda: service.log.count('"worker ready"') == 2, "both workers are ready", 60)
         yield service
+
+
+@pytest.fixture
+def tiny_service(running_tiny_service: RunningService) -> RunningService:
+    """Whatever an earlier test killed of it is there again."""
+    wait_until(lambda: num_announced(running_tiny_service) == 2, "both workers are ready")
+    return running_tiny_service
+
+
+def num_announced(service: RunningService) -> int:
+    """Workers that live, and have their models loaded."""
+    keys = Keys(MODEL)
+    with Redis.from_url(service.broker_url) as redis:
+        names = [name.decode() for name in redis.zrange(keys.workers, 0, -1)]
+        return sum(redis.exists(keys.worker(name)) for name in names)
 
 
 @pytest.fixture(scope="package")

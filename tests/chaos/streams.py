@@ -43,8 +43,8 @@ class Choice:
 class Recording:
     """One request as its client sees it. No event may be missing or come twice: ids are consecutive."""
 
-    def __init__(self) -> None:
-        self.request_id = ""
+    def __init__(self, request_id: str = "") -> None:
+        self.request_id = request_id
         self.last_id = "0"
         self.choices: defaultdict[int, Choice] = defaultdict(Choice)
         self.arrivals: list[float] = []  # of chunks, Unix time

@@ -104,7 +104,7 @@ def test_every_stream_goes_on_when_the_broker_is_back(service: RunningService, u
     [outage] = outages
     assert min(outage.refusals) < 1.0
     assert service.metric("tokenrelay_requests_accepted_total") - accepted == len(EIGHT) + outage.num_answered
-    wait_until(lambda: service.metric("tokenrelay_requests_in_flight") == 0, "no request is left over", 5)
+    wait_until(lambda: service.metric("tokenrelay_requests_in_flight") == 0, "no request is left over")
 
 
 @pytest.mark.long
@@ -129,7 +129,7 @@ def test_twelve_kills(tmp_path: Path, smollm2_path: Path) -> None:
                 epochs.append(http.get(f"/v1/requests/{recording.request_id}").json()["epoch"])
             refusals += outages[0].refusals
             recoveries += outages[0].recovery(recordings)
-        wait_until(lambda: service.metric("tokenrelay_requests_in_flight") == 0, "no request is left over", 5)
+        wait_until(lambda: service.metric("tokenrelay_requests_in_flight") == 0, "no request is left over")
     print(f"\n{NUM_KILLS} kills of the broker under {NUM_STREAMS} streams; seconds")
     print(f"  identical to the undisturbed run: {num_same} of {len(epochs)}")
     print(f"  computed by another worker meanwhile: {sum(epoch > 1 for epoch in epochs)}")

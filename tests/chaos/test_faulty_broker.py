@@ -158,7 +158,7 @@ async def run(valkey: EmbeddedValkey, folder: Path, model: ServedModel, seed: in
         tasks = place.server.num_tasks()
         limits = httpx.Limits(max_connections=8)
         watching = asyncio.create_task(watch_machine(tally))
-        async with httpx.AsyncClient(base_url=place.server.base_url, timeout=30, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=place.server.base_url, timeout=60, limits=limits) as http:
 
             async def client() -> None:
                 for _ in range(NUM_REQUESTS // 8):

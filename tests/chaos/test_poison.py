@@ -70,7 +70,7 @@ def executioner(service: RunningService, url: str) -> Iterator[Executioner]:
     thread.start()
     yield watching
     watching.stop()
-    thread.join(10)
+    thread.join(60)
 
 
 def ask(client: openai.OpenAI, max_tokens: int, prompt: str = "The history of bread") -> str:

@@ -63,7 +63,7 @@ def test_the_death_of_one_rank_ends_both_and_no_stream(
     def kill(recordings: Sequence[Recording]) -> None:
         wait_until(lambda: have_begun(recordings, 2), "all streams have begun")
         both[victim].kill()
-        wait_until(lambda: are_gone(both), "the other rank has ended, too", 10)
+        wait_until(lambda: are_gone(both), "the other rank has ended, too")
 
     with httpx.Client(base_url=service.url, timeout=60) as http:
         disturbed = read_all_while(http, REQUESTS, kill)

@@ -197,7 +197,7 @@ class Site:
         else:
             assert self._broker.pid
             os.kill(self._broker.pid, signal.SIGKILL)
-            self._broker.wait(10)
+            self._broker.wait(60)
             self._broker.start()
 
 

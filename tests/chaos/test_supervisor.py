@@ -27,7 +27,7 @@ def body(seed: int, num_tokens: int) -> Body:
 
 
 def ready(service: RunningService) -> bool:
-    return httpx.get(f"{service.url}/readyz", timeout=5).status_code == 200
+    return httpx.get(f"{service.url}/readyz", timeout=60).status_code == 200
 
 
 def test_a_stopped_worker_is_noticed_within_two_seconds(tiny_service: RunningService) -> None:
@@ -38,13 +38,13 @@ def test_a_stopped_worker_is_noticed_within_two_seconds(tiny_service: RunningSer
         worker.suspend()
     try:
         stopped_at = time.monotonic()
-        wait_until(lambda: not ready(tiny_service), "not ready", 5)
+        wait_until(lambda: not ready(tiny_service), "not ready")
         assert time.monotonic() - stopped_at < TWO_SECONDS
-        assert httpx.get(f"{tiny_service.url}/livez").status_code == 200
+        assert httpx.get(f"{tiny_service.url}/livez", timeout=60).status_code == 200
     finally:
         for worker in workers:
             worker.resume()
-    wait_until(lambda: ready(tiny_service), "ready again", 5)
+    wait_until(lambda: ready(tiny_service), "ready again")
 
 
 def test_a_spare_worker_takes_over_within_two_seconds(tiny_service: RunningService) -> None:

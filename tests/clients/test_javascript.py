@@ -38,7 +38,7 @@ def run(script: str, service: RunningService, *arguments: str) -> Any:
 
 def cancelled(service: RunningService, id: str) -> bool:
     """Whether that is how the request ended, once it has."""
-    with httpx.Client(base_url=service.url, timeout=20) as http:
+    with httpx.Client(base_url=service.url, timeout=60) as http:
         while (request := http.get(f"/v1/requests/{id}").json())["state"] != "finished":
             pass
     return bool(request["outcome"] == "cancelled")

@@ -94,7 +94,7 @@ async def mailbox(url: str, redis: Redis, keys: Keys, token_log: TokenLog) -> As
 @pytest.fixture
 def wait_until() -> WaitUntil:
     async def wait(condition: Callable[[], Awaitable[bool]]) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not await condition():
             assert time.monotonic() < deadline, "the condition did not come true"
             await asyncio.sleep(0.005)

@@ -63,7 +63,7 @@ async def test_api_and_worker_need_nothing_more(broker: str, model: ServedModel)
         async with (
             connect(broker) as redis,
             working(redis, Keys(model.name), settings, Role("worker")) as hand,
-            httpx.AsyncClient(base_url=server.base_url, timeout=20) as http,
+            httpx.AsyncClient(base_url=server.base_url, timeout=60) as http,
         ):
             while (await http.get("/readyz")).status_code != 200:
                 pass

@@ -65,7 +65,7 @@ async def test_cancelled_callers_leave_no_connection_behind(slow_redis: Redis) -
             await asyncio.sleep(chance.choice((0, 0, REPLY_SECONDS / 4)))
             task.cancel()
         await asyncio.gather(*callers, return_exceptions=True)
-    async with asyncio.timeout(5):  # as many at a time as ever
+    async with asyncio.timeout(60):  # as many at a time as ever
         assert await asyncio.gather(*(slow_redis.ping() for _ in range(MAX_CONNECTIONS * 3)))
     pool = slow_redis.connection_pool
     assert (len(pool._in_use_connections), len(pool._available_connections)) == (0, MAX_CONNECTIONS)
@@ -93,8 +93,8 @@ async def test_a_line_that_stands_still_is_left(tmp_path: Path) -> None:
             os.kill(broker.pid, signal.SIGCONT)
         assert all(isinstance(reply, Exception) for reply in replies)
         assert sum(isinstance(reply, ConnectionError) for reply in replies) >= 100 - 2 * MAX_CONNECTIONS
-        assert waited < 4 * SOCKET_TIMEOUT
-        async with asyncio.timeout(5):
+        assert waited < 10 * SOCKET_TIMEOUT  # one after the other they would wait for thirty
+        async with asyncio.timeout(60):
             while True:
                 with suppress(ConnectionError):
                     assert await redis.ping()

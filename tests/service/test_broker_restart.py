@@ -39,7 +39,7 @@ class Mortal:
     def kill(self) -> None:
         assert self.server.pid
         os.kill(self.server.pid, signal.SIGKILL)
-        self.server.wait(10)
+        self.server.wait(60)
 
     async def publish(self, claim: Claim, index: int) -> None:
         """As a worker does: until the broker has it."""
@@ -76,7 +76,7 @@ async def test_a_stream_survives_its_broker(mortal: Mortal) -> None:
                 mortal.kill()
             await mortal.publish(claim, index)
         assert await mortal.log.finish("worker", publication(claim, TOKENS, ending(TOKENS - 1)))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             seen = [entry async for entry in subscription]
     assert seen == [*((i, token(i)) for i in range(1, TOKENS)), (TOKENS, ending(TOKENS - 1))]
 
@@ -93,5 +93,5 @@ async def test_a_client_waits_for_it_while_a_new_request_is_refused(mortal: Mort
             await mortal.queue.submit(submission("b"), mailbox="api")
         assert not waiting.done()
         await mortal.publish(claim, 2)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await waiting == (2, token(2))

@@ -168,7 +168,7 @@ class Relay(RuleBasedStateMachine):
         self.broker_was_killed = True
         assert self.broker.pid
         os.kill(self.broker.pid, signal.SIGKILL)
-        self.broker.wait(10)
+        self.broker.wait(60)
         self.broker.start()
 
     @rule(worker_id=st.sampled_from(WORKERS))

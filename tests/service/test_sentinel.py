@@ -92,7 +92,7 @@ async def test_a_stream_survives_a_failover(site: Site, client: Redis) -> None:
             site.master.kill()
             with pytest.raises(BrokerUnavailable):
                 await submit(queue, "b")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await publish_patiently(log, publication(claim, 2, token(2)))
                 assert await anext(subscription) == (2, token(2))
             assert await log.finish("worker", publication(claim, 3, ending(2)))

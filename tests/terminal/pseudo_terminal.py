@@ -52,7 +52,7 @@ class PseudoTerminal:
     ) -> None:
         self.process.kill()
         self.process.wait()
-        self._reader.join(10)
+        self._reader.join(60)
         os.close(self._master)
 
     def type(self, text: str) -> None:
@@ -76,7 +76,7 @@ class PseudoTerminal:
         return before
 
     def exit_code(self) -> int:
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     def _read(self) -> None:
         while True:

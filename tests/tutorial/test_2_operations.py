@@ -14,9 +14,9 @@ from tests.service.running import MODEL, RunningService, wait_until
 
 def test_health(service: RunningService) -> None:
     for path in ("/livez", "/readyz", "/health"):
-        assert httpx.get(service.url + path).status_code == 200
-    assert "version" in httpx.get(f"{service.url}/version").json()
-    assert httpx.get(f"{service.url}/docs").status_code == 200
+        assert httpx.get(service.url + path, timeout=60).status_code == 200
+    assert "version" in httpx.get(f"{service.url}/version", timeout=60).json()
+    assert httpx.get(f"{service.url}/docs", timeout=60).status_code == 200
 
 
 def test_the_models_that_can_be_asked(client: openai.OpenAI) -> None:
@@ -51,7 +51,7 @@ def test_the_metrics_operators_know(service: RunningService, client: openai.Open
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool (Debian package prometheus) is not installed")
 def test_promtool_finds_no_fault(service: RunningService) -> None:
     for port in (service.port, service.worker_port):
-        text = httpx.get(f"http://127.0.0.1:{port}/metrics").content
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).content
         checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
         assert checked.returncode == 0, checked.stderr.decode()
 

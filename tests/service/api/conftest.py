@@ -49,7 +49,7 @@ def other_server(api_settings: Settings, served_model: ServedModel) -> Iterator[
 
 @pytest.fixture
 async def other(other_server: Server) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=other_server.base_url, timeout=20) as http:
+    async with httpx.AsyncClient(base_url=other_server.base_url, timeout=60) as http:
         yield http
 
 
@@ -69,19 +69,19 @@ async def worker(server: Server) -> AsyncIterator[PacedWorker]:
 
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=f"{server.base_url}/v1", api_key="none", timeout=20, max_retries=0) as client:
+    async with AsyncOpenAI(base_url=f"{server.base_url}/v1", api_key="none", timeout=60, max_retries=0) as client:
         yield client
 
 
 @pytest.fixture
 async def http(server: Server) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=server.base_url, timeout=20) as http:
+    async with httpx.AsyncClient(base_url=server.base_url, timeout=60) as http:
         yield http
 
 
 @pytest.fixture(scope="module")
 def post(running_server: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=running_server.base_url, timeout=20) as client:
+    with httpx.Client(base_url=running_server.base_url, timeout=60) as client:
         yield client
 
 

@@ -42,5 +42,5 @@ def bearer(secret: str) -> dict[str, str]:
 
 @asynccontextmanager
 async def asking_as(server: Endpoint, secret: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=server.base_url, timeout=20, headers=bearer(secret)) as http:
+    async with httpx.AsyncClient(base_url=server.base_url, timeout=60, headers=bearer(secret)) as http:
         yield http

@@ -76,7 +76,7 @@ class Server(Endpoint):
 
     def num_tasks(self) -> int:
         """Of its event loop."""
-        return asyncio.run_coroutine_threadsafe(_num_tasks(), self.uvicorn.servers[0].get_loop()).result(10)
+        return asyncio.run_coroutine_threadsafe(_num_tasks(), self.uvicorn.servers[0].get_loop()).result(60)
 
     @property
     def metrics(self) -> CollectorRegistry:
@@ -105,7 +105,7 @@ def serving(settings: Settings, model: ServedModel) -> Iterator[Server]:
             )
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()
         assert judge.complaints() == []
 
@@ -128,7 +128,7 @@ async def api_process(settings: Settings, model: str) -> AsyncIterator[tuple[sub
         process.wait()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"
@@ -287,7 +287,7 @@ async def working(server: Endpoint, *, held_back: bool = False, **fields: object
             yield worker
             worker.leaving = True
             if worker.gate.is_set():
-                await asyncio.wait_for(running, 10)
+                await asyncio.wait_for(running, 60)
         finally:
             running.cancel()
             await asyncio.wait([running])

@@ -217,7 +217,7 @@ def test_only_an_operator_may_and_only_if_a_setting_says_so(
         with keyed(api_settings, served_model, file, allow_lora_loading=allowed) as server:
             for path in (LOAD, UNLOAD):
                 sent = body if path == LOAD else {"lora_name": "mine"}
-                response = httpx.post(server.base_url + path, json=sent, headers=bearer(who), timeout=20)
+                response = httpx.post(server.base_url + path, json=sent, headers=bearer(who), timeout=60)
                 assert response.status_code == status, response.text
 
 

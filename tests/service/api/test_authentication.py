@@ -108,8 +108,8 @@ def test_metrics_are_for_operators(post: httpx.Client, file: KeyFile) -> None:
 
 def test_metrics_may_be_public(api_settings: Settings, served_model: ServedModel, file: KeyFile) -> None:
     with keyed(api_settings, served_model, file, metrics_need_key=False) as server:
-        assert httpx.get(f"{server.base_url}/metrics").status_code == 200
-        assert httpx.get(f"{server.base_url}/v1/models").status_code == 401
+        assert httpx.get(f"{server.base_url}/metrics", timeout=60).status_code == 200
+        assert httpx.get(f"{server.base_url}/v1/models", timeout=60).status_code == 401
 
 
 def test_openai_s_client_gets_in_or_is_told_why_not(server: Server, file: KeyFile) -> None:
@@ -165,11 +165,11 @@ class TestReloading:
     def test_without_any_key_left_nobody_gets_in(self, other: Server, mine: KeyFile) -> None:
         revoke_api_key(mine.path, "first")
         wait_for(lambda: status(other, mine.secrets["first"]) == 401)
-        assert httpx.get(f"{other.base_url}/v1/models").status_code == 401
+        assert httpx.get(f"{other.base_url}/v1/models", timeout=60).status_code == 401
 
 
 def status(server: Server, secret: str) -> int:
-    return httpx.get(f"{server.base_url}/v1/models", headers=bearer(secret)).status_code
+    return httpx.get(f"{server.base_url}/v1/models", headers=bearer(secret), timeout=60).status_code
 
 
 def broken(server: Server) -> float | None:
@@ -219,6 +219,6 @@ class TestTenants:
 
 
 def test_without_a_file_nobody_needs_a_key(api_settings: Settings, served_model: ServedModel) -> None:
-    with serving(api_settings, served_model) as server, httpx.Client(base_url=server.base_url) as client:
+    with serving(api_settings, served_model) as server, httpx.Client(base_url=server.base_url, timeout=60) as client:
         for path in ("/v1/models", "/metrics", "/docs"):
             assert client.get(path).status_code == client.get(path, headers=bearer("any")).status_code == 200

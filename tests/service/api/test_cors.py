@@ -18,12 +18,12 @@ CHAT = "/v1/chat/completions"
 
 def preflight(server: Server, origin: str) -> httpx.Response:
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
-    return httpx.options(server.base_url + CHAT, headers={"Origin": origin, **asked})
+    return httpx.options(server.base_url + CHAT, headers={"Origin": origin, **asked}, timeout=60)
 
 
 def test_by_default_none_may(server: Server) -> None:
     assert preflight(server, "https://page.example").status_code == 405
-    answer = httpx.get(f"{server.base_url}/v1/models", headers={"Origin": "https://page.example"})
+    answer = httpx.get(f"{server.base_url}/v1/models", headers={"Origin": "https://page.example"}, timeout=60)
     assert "access-control-allow-origin" not in answer.headers
 
 
@@ -49,8 +49,8 @@ class TestNamed:
     def test_but_not_their_requests(self, open_server: tuple[Server, str]) -> None:
         server, secret = open_server
         origin = {"Origin": "https://page.example"}
-        refused = httpx.get(f"{server.base_url}/v1/models", headers=origin)
-        answered = httpx.get(f"{server.base_url}/v1/models", headers=origin | bearer(secret))
+        refused = httpx.get(f"{server.base_url}/v1/models", headers=origin, timeout=60)
+        answered = httpx.get(f"{server.base_url}/v1/models", headers=origin | bearer(secret), timeout=60)
         assert (refused.status_code, answered.status_code) == (401, 200)
         for answer in (refused, answered):  # or the page could not read why
             assert answer.headers["access-control-allow-origin"] == "https://page.example"

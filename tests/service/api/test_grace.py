@@ -14,7 +14,7 @@ from tests.service.api.test_disconnect import connection, reading, until
 from tokenrelay.service.embedded_valkey import EmbeddedValkey
 from tokenrelay.service.settings import Settings
 
-GRACE = 0.4
+GRACE = 2.0  # seconds in which a busy machine, too, comes back
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +23,18 @@ def api_settings(valkey: EmbeddedValkey) -> Settings:
 
 
 async def test_who_does_not_come_back_in_time_is_cancelled(server: Server) -> None:
-    async with working(server, length=10**6) as worker:
+    before = ended(server, "cancelled")
+    async with working(server, length=10**6, pace=0.01) as worker:
         async with connection(server, stream=True) as leaving:
             await leaving.readuntil(b'w3"')
             left_at = time.monotonic()
-        await until(lambda: ended(server, "cancelled") == 1)
+        await until(lambda: ended(server, "cancelled") == before + 1)
     [cancelled_at] = worker.cancelled.values()
     assert GRACE < cancelled_at - left_at < 5 * GRACE
 
 
 async def test_who_comes_back_in_time_reads_on(server: Server) -> None:
-    async with working(server, length=60, pace=0.01) as worker:
+    async with working(server, length=220, pace=0.01) as worker:
         async with connection(server, stream=True) as leaving:
             await leaving.readuntil(b'w3"')
         left_at = time.monotonic()

@@ -56,11 +56,12 @@ async def test_after_a_lost_reply_the_answer_is_there(
     """The client's first connection broke. If that cancelled the request, it begins anew: a key stands for a result."""
     before = ended(server)
     key, fields = f"lost-{on_disconnect}", {"on_disconnect": on_disconnect, "stream": True, "max_tokens": 1000}
-    async with working(server, length=30) as worker:
+    async with working(server, length=30, pace=0.1) as worker:  # slow enough to be cancelled before it is done
         async with connection(server, {"Idempotency-Key": key}, **BODY, **fields) as reader:
             await reader.readuntil(b'w3"')
         if on_disconnect == "cancel":
             await until(lambda: worker.cancelled)
+        worker.pace = 0.001
         answer = await ask(http, server, key, **fields)
         await until(lambda: ended(server) == before + len(worker.claims))
     assert len(worker.claims) == (1 if on_disconnect == "continue" else 2)

@@ -21,6 +21,7 @@ from tokenrelay.service.settings import Settings
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> KeyFile:
     file = KeyFile(tmp_path_factory.mktemp("keys") / "keys.jsonl")
+    file.create("seen")
     file.create("often", requests_per_minute=4)
     file.create("much", tokens_per_minute=100)
     file.create("many", concurrent_requests=2)
@@ -93,13 +94,13 @@ async def test_tokens_a_minute(server: Server, ask: Any) -> None:
         assert int(first.headers["x-ratelimit-remaining-tokens"]) < 10
         assert first.headers["x-ratelimit-limit-tokens"] == "100"
         assert first.headers["x-ratelimit-reset-tokens"].endswith("s")
-        assert 0 < limited(await ask("much", max_tokens=95)) < 60
+        assert 0 < limited(await ask("much", max_tokens=98)) < 60
 
 
 async def test_requests_at_a_time(server: Server, ask: Any) -> None:
     async with working(server, held_back=True) as worker:
         running = [asyncio.ensure_future(ask("many")) for _ in range(2)]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(worker.claims) < 2:  # noqa: ASYNC110 - the worker tells nobody
                 await asyncio.sleep(0.005)
         assert limited(await ask("many")) == 1
@@ -158,12 +159,12 @@ async def test_usage_is_told_to_its_tenant(server: Server, ask: Any, file: KeyFi
 async def test_metrics_name_as_many_tenants_as_they_may(server: Server, ask: Any, file: KeyFile) -> None:
     """The first of the file; the rest are one."""
     async with working(server):
-        for tenant in ("often", "heavy", "long"):
+        for tenant in ("seen", "heavy", "long"):
             await ask(tenant, max_tokens=1)
     async with asking_as(server, file.secrets["operator"]) as http:
         lines = (await http.get("/metrics")).text.splitlines()
     named = {line.split('tenant="')[1].partition('"')[0] for line in lines if 'tenant="' in line}
-    assert {"other"} <= named <= {"often", "much", "other"}
+    assert {"seen", "other"} <= named <= {"seen", "often", "other"}
 
 
 async def test_a_key_s_new_limits_hold_at_once(
@@ -177,7 +178,9 @@ async def test_a_key_s_new_limits_hold_at_once(
             body = {"model": server.model, "prompt": "Once"}
             assert (await http.post("/v1/completions", json=body)).status_code == 200
             key = json.loads(file.path.read_text())
-            file.path.write_text(json.dumps(key | {"limits": {"max_tokens": 3}}))
-            async with asyncio.timeout(10):
+            limited_key = tmp_path / "limited.jsonl"
+            limited_key.write_text(json.dumps(key | {"limits": {"max_tokens": 3}}))
+            limited_key.replace(file.path)
+            async with asyncio.timeout(60):
                 while (await http.post("/v1/completions", json=body | {"max_tokens": 4})).status_code != 400:
                     pass

@@ -78,7 +78,7 @@ async def test_no_key_and_no_prompt_in_logs_metrics_errors_or_the_broker(
     settings = api_settings.model_copy(update=options)
     async with (
         api_process(settings, served_model.name) as (_, server),
-        httpx.AsyncClient(base_url=server.base_url, timeout=20, headers=bearer(secret)) as http,
+        httpx.AsyncClient(base_url=server.base_url, timeout=60, headers=bearer(secret)) as http,
     ):
         answers = await every_path(http, server, prompt)
         metrics = (await http.get("/metrics", headers=bearer(operator))).text
@@ -102,7 +102,7 @@ async def test_prompts_are_logged_where_a_setting_says_so(api_settings: Settings
         capture_logs() as logged,
         serving(api_settings.model_copy(update={"log_prompts": True}), served_model) as server,
     ):
-        async with working(server), httpx.AsyncClient(base_url=server.base_url, timeout=20) as http:
+        async with working(server), httpx.AsyncClient(base_url=server.base_url, timeout=60) as http:
             answer = await http.post(COMPLETIONS, json={"model": server.model, "prompt": [prompt, "Once"]})
     [line] = [line for line in logged if line["event"] == "prompt"]
     assert (line["tenant"], line["prompts"]) == ("default", [prompt, "Once"])

@@ -90,7 +90,7 @@ class TestStatus:
         assert (found["last_event_id"], found["attempts"], found["on_disconnect"]) == ("10", 1, "cancel")
 
     async def test_a_running_one_tells_how_far_it_is(self, server: Server, http: httpx.AsyncClient) -> None:
-        async with working(server, length=10**6) as worker, asking(http, server, max_tokens=1000) as answer:
+        async with working(server, length=10**6, pace=0.01) as worker, asking(http, server, max_tokens=1000) as answer:
             await until(lambda: worker.claims)
             relay_id = worker.claims[0].submission.request_id
             before = after = await status(http, relay_id)
@@ -211,7 +211,7 @@ class TestCancel:
         self, server: Server, http: httpx.AsyncClient, method: str
     ) -> None:
         before = ended(server, "cancelled")
-        async with working(server, length=10**6) as worker, asking(http, server, max_tokens=1000) as answer:
+        async with working(server, length=10**6, pace=0.01) as worker, asking(http, server, max_tokens=1000) as answer:
             await until(lambda: worker.claims)
             relay_id = worker.claims[0].submission.request_id
             assert (await cancel(http, f"cmpl-{relay_id}", method)).json()["was"] == "running"
@@ -229,7 +229,7 @@ class TestCancel:
         assert await status(http, name) == before
 
     async def test_several_prompts_end_together(self, server: Server, http: httpx.AsyncClient, method: str) -> None:
-        async with working(server, length=10**6) as worker:
+        async with working(server, length=10**6, pace=0.01) as worker:
             async with asking(http, server, prompt=["a", "b"], max_tokens=1000) as answer:
                 await until(lambda: len(worker.claims) == 2)
                 relay_id = worker.claims[0].submission.request_id.partition("-")[0]

@@ -326,8 +326,10 @@ def test_blocks_are_known_by_cryptographic_hashes() -> None:
 def test_a_stranger_s_page_may_not_ask(locked: Server) -> None:
     """Browsers carry no keys of ours, but a server without any is open to every page that its user opens."""
     headers = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
-    preflight: Any = httpx.options(f"{locked.base_url}/v1/chat/completions", headers=headers)
+    preflight: Any = httpx.options(f"{locked.base_url}/v1/chat/completions", headers=headers, timeout=60)
     assert preflight.status_code == 401
     assert not [name for name in preflight.headers if name.startswith("access-control")]
-    answer = httpx.get(f"{locked.base_url}/livez", headers={"Origin": "https://evil.example", **bearer("x")})
+    answer = httpx.get(
+        f"{locked.base_url}/livez", headers={"Origin": "https://evil.example", **bearer("x")}, timeout=60
+    )
     assert "access-control-allow-origin" not in answer.headers

@@ -18,6 +18,7 @@ import pytest
 
 from tests.service.api.serving import Endpoint, Server, api_process, wait_for
 from tests.service.api.test_overload import percentile
+from tokenrelay.service.api.connection import Connection
 from tokenrelay.service.embedded_valkey import EmbeddedValkey
 from tokenrelay.service.settings import Settings
 
@@ -106,15 +107,21 @@ async def test_a_large_body_has_the_time_that_it_takes(server: Server, monkeypat
             await asyncio.sleep(PATIENCE / 10)  # the pace of the line
         yield b'", "model": "unknown"}'
 
-    async with httpx.AsyncClient(base_url=server.base_url) as http:
+    async with httpx.AsyncClient(base_url=server.base_url, timeout=60) as http:
         response = await http.post("/v1/completions", content=content(), headers={"content-type": "application/json"})
     assert response.status_code == 404  # of the model: it was read
 
 
+async def only_connection(server: Server) -> Connection:
+    """Those of earlier tests may be closing still."""
+    await asyncio.to_thread(wait_for, lambda: len(server.connections) == 1)
+    return server.connections[0]
+
+
 async def test_an_idle_connection_stays_for_longer_than_clients_keep_theirs(server: Server) -> None:
-    async with httpx.AsyncClient(base_url=server.base_url) as http:
+    async with httpx.AsyncClient(base_url=server.base_url, timeout=60) as http:
         await http.get("/livez")
-        [connection] = server.connections
+        connection = await only_connection(server)
         await asyncio.to_thread(wait_for, lambda: connection.timeout_keep_alive_task)
         timer = connection.timeout_keep_alive_task
         assert timer
@@ -129,7 +136,7 @@ async def test_a_connection_whose_body_ended_after_its_answer_is_idle(server: Se
     head = await reader.readuntil(b"\r\n\r\n")
     assert b" 404 " in head
     writer.write(b"cde")
-    [connection] = server.connections
+    connection = await only_connection(server)
     await asyncio.to_thread(wait_for, lambda: connection.timeout_keep_alive_task and not connection._receiving)
     writer.close()
     await writer.wait_closed()
@@ -142,7 +149,7 @@ async def test_a_request_that_comes_as_its_idle_connection_is_closed_is_answered
     sender = socket.fromfd(writer.get_extra_info("socket").fileno(), socket.AF_INET, socket.SOCK_STREAM)
     sender.send(request)
     await reader.readuntil(b'"ok"}')
-    [connection] = server.connections
+    connection = await only_connection(server)
     await asyncio.to_thread(wait_for, lambda: connection.is_idle)
 
     def time_is_up() -> None:
@@ -164,7 +171,7 @@ async def test_a_request_that_comes_as_its_idle_connection_is_closed_is_answered
 async def latencies(endpoint: Endpoint, seconds: float) -> list[float]:
     """Of /livez, one after the other."""
     taken: list[float] = []
-    async with httpx.AsyncClient(base_url=endpoint.base_url, timeout=20) as http:
+    async with httpx.AsyncClient(base_url=endpoint.base_url, timeout=60) as http:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             started = time.monotonic()

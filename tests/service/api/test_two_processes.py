@@ -27,7 +27,7 @@ async def test_a_stream_goes_on_at_the_other(server: Server, http: httpx.AsyncCl
 async def test_a_request_read_at_the_other_is_not_cancelled(server: Server, other_server: Server) -> None:
     """Not by its first client's leaving; but when the last reader is gone, wherever that one was."""
     before = ended(server, "cancelled")
-    async with working(server, length=10**6) as worker:
+    async with working(server, length=10**6, pace=0.01) as worker:
         async with connection(server, stream=True) as first:
             await first.readuntil(b'w3"')
             relay_id = worker.claims[0].submission.request_id
@@ -42,7 +42,7 @@ async def test_a_request_read_at_the_other_is_not_cancelled(server: Server, othe
 
 
 async def test_a_request_is_cancelled_and_asked_about_at_the_other(server: Server, other: httpx.AsyncClient) -> None:
-    async with working(server, length=10**6) as worker:
+    async with working(server, length=10**6, pace=0.01) as worker:
         async with connection(server, stream=True) as reader:
             await reader.readuntil(b'w3"')
             relay_id = worker.claims[0].submission.request_id

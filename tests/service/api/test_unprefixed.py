@@ -40,7 +40,7 @@ def locked(
 def test_it_answers_the_same(locked: tuple[Server, str], method: str, path: str) -> None:
     server, secret = locked
     for headers in ({}, bearer(secret)):
-        with httpx.Client(base_url=server.base_url, headers=headers) as client:
+        with httpx.Client(base_url=server.base_url, headers=headers, timeout=60) as client:
             prefixed, short = (client.request(method, p, json={}) for p in (path, path.removeprefix("/v1")))
         assert (short.status_code, short.content) == (prefixed.status_code, prefixed.content)
     assert "There is no route" not in short.text

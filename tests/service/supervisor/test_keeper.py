@@ -41,7 +41,7 @@ class Place:
         self.buried.append(child)
 
     async def next_child(self) -> Child:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self.started.wait()
         self.started.clear()
         return self.children[-1]
@@ -170,7 +170,7 @@ class _Nothing:
 
 async def test_a_keeper_that_dies_ends_the_service_with_1() -> None:
     place, broken = Place(), _Nothing()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         assert await Crew([[place.keeper], [broken]]).run() == 1
     assert broken.stopped
     assert not any(psutil.pid_exists(child.pid) for child in place.children)
@@ -200,4 +200,4 @@ def test_nothing_is_left_behind() -> None:
         return await start_and_stop(), await start_and_stop()
 
     first, second = asyncio.run(twice())
-    assert first == second
+    assert second <= first  # what earlier tests left may be closed meanwhile

@@ -68,7 +68,7 @@ class Running:
         """The events of these requests, once each has its last."""
         events: dict[str, list[Event]] = {request_id: [] for request_id in request_ids}
         while not all(found and found[-1].terminal for found in events.values()):
-            for publication in self.published.get(timeout=10):
+            for publication in self.published.get(timeout=60):
                 events[publication.request_id] += publication.events
             self.thread.published()
         return events
@@ -90,7 +90,7 @@ def running(tokenizer: Tokenizer) -> Iterator[Running]:
     running.thread.start()
     yield running
     running.thread.stop()
-    running.thread.join(10)
+    running.thread.join(60)
 
 
 def claim_of(request_id: str, grammar: str = "", *, n: int = 1, log: list[Event] | None = None) -> Claim:
@@ -164,7 +164,7 @@ class SlowCompiler:
         self.gate = threading.Event()
 
     def compile(self, grammar: str) -> object:
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         if grammar == "bad":
             raise GrammarError("it is bad")
         return object()

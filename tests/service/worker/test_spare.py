@@ -72,9 +72,9 @@ async def test_it_takes_over_at_once_what_a_dead_worker_held(
     """The supervisor saw the worker die, and evicts it."""
     dead = WorkerFacts(worker_id="dead", model="m", max_model_len=512, step_counter=1)
     await registry.announce(dead)
+    await submit(queue, "a")
+    assert len(await queue.claim("dead", 1)) == 1
     async with working(redis, keys, settings, SPARE):
-        await submit(queue, "a")
-        assert len(await queue.claim("dead", 1)) == 1
         await queue.evict("dead")
 
         async def written() -> bool:
@@ -113,9 +113,13 @@ async def test_two_workers_are_wanted_and_one_lives(
 
 
 async def test_with_a_spare_one_left_the_service_is_ready(
-    redis: Redis, keys: Keys, settings: Settings, registry: Registry
+    redis: Redis, keys: Keys, settings: Settings, registry: Registry, wait_until: WaitUntil
 ) -> None:
     readiness = Readiness(registry)
     assert await readiness.observe() == "no worker is running"
+
+    async def ready() -> bool:
+        return await readiness.observe() is None
+
     async with working(redis, keys, settings, SPARE):
-        assert await readiness.observe() is None
+        await wait_until(ready)

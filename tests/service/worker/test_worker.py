@@ -31,6 +31,6 @@ async def test_a_fault_in_a_loop_ends_the_worker() -> None:
     metrics = WorkerMetrics(CollectorRegistry(), "m")
     worker = Worker(engine, processor, broken, broken, broken, broken, metrics, Settings(), "m")
     with pytest.raises(ZeroDivisionError):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await worker.run()
     worker._engine.stop()

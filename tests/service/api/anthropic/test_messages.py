@@ -23,7 +23,7 @@ QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture
 async def claude(server: Server) -> AsyncIterator[AsyncAnthropic]:
-    async with AsyncAnthropic(base_url=server.base_url, api_key="none", max_retries=0, timeout=20) as client:
+    async with AsyncAnthropic(base_url=server.base_url, api_key="none", max_retries=0, timeout=60) as client:
         yield client
 
 

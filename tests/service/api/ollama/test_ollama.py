@@ -22,7 +22,7 @@ DURATIONS = ("load_duration", "prompt_eval_duration", "eval_duration")
 
 @pytest.fixture
 async def llama(server: Server) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(host=server.base_url, timeout=20) as client:
+    async with AsyncClient(host=server.base_url, timeout=60) as client:
         yield client
 
 

@@ -49,7 +49,7 @@ class RequestAccount:
         if self.ended:
             return
         self.ended = True
-        self._metrics.requests_in_flight.dec()
         self._metrics.ended(outcome)
+        self._metrics.requests_in_flight.dec()
         self._metrics.e2e_request_latency.observe(time.perf_counter() - self._accepted_at)
         self._metrics.request_generation_tokens.observe(self._generation_tokens)
