@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,13 @@ def test_pre_tokenizers_cut_words_their_own_way(pre: str, text: str, pieces: lis
     assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == pieces
 
 
+def test_types_of_tokens_are_whole_numbers(tmp_path: Path) -> None:
+    good = read_gguf_metadata(bpe_metadata(tmp_path / "x.gguf", "gpt-2"))
+    good.values["tokenizer.ggml.token_type"] = array("f", [float("nan")] * 260)
+    with pytest.raises(CheckpointError, match=r"token_type' holds fractions"):
+        build_gguf_tokenizer(good)
+
+
 def test_unknown_pre_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"'klingon'.*smollm.*tokenizer\.json"):
         Tokenizer.from_source(resolve(str(bpe_metadata(tmp_path / "x.gguf", "klingon"))))
@@ -313,6 +321,14 @@ def test_folders_without_a_tokenizer_or_with_another_kind_are_refused(tmp_path: 
     Backend(WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UnsupportedModelError, match="not supported"):
         Tokenizer.from_source(source)
+
+
+def test_a_tokenizer_at_which_rust_panics_is_refused(tmp_path: Path) -> None:
+    """Its merges are shorter than the prefix that it says they have."""
+    settings = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"], "continuing_subword_prefix": "##"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": settings}))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer.from_source(ModelSource("x", tmp_path, "folder"))
 
 
 # --- Streaming ------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def _token_types(metadata: GGUFMetadata) -> list[int]:
     tokens = metadata.strings("tokenizer.ggml.tokens")
     if "tokenizer.ggml.token_type" not in metadata.values:
         return [_NORMAL] * len(tokens)
-    types = [int(kind) for kind in metadata.numbers("tokenizer.ggml.token_type")]
+    types = list(metadata.integers("tokenizer.ggml.token_type"))
     if len(types) != len(tokens):
         raise metadata.error(f"has {len(tokens)} tokens, but types for {len(types)}")
     return types

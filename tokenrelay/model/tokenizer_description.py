@@ -93,13 +93,19 @@ def _load(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: has no tokenizer.json; write one with transformers' save_pretrained")
-    try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise CheckpointError(f"{path}: cannot be read as a tokenizer: {error}") from error
+    backend = _read(path)
     backend.no_padding()
     backend.no_truncation()
     return backend
+
+
+def _read(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and where Rust panics not even these
+        raise CheckpointError(f"{path}: cannot be read as a tokenizer: {error}") from error
 
 
 def _decoder_parts(backend: Tokenizer) -> list[str]:

@@ -31,8 +31,10 @@ def filled(checkpoint: SafetensorsCheckpoint, tensors: Mapping[str, Tensor]) -> 
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     checkpoint, tensors = saved("llama", tmp_path)
     name = "model.layers.1.self_attn.k_proj.weight"
-    with pytest.raises(WeightsError, match=r"layers\.1\.attention\.qkv_proj\.weight"):
+    with pytest.raises(WeightsError, match=r"does not fill layers\.1\.attention\.qkv_proj\.weight \(k\) \(1 in all\)"):
         filled(checkpoint, {n: t for n, t in tensors.items() if n != name})
+    with pytest.raises(WeightsError, match=r"norm\.weight \(2 in all\)"):
+        filled(checkpoint, {n: t for n, t in tensors.items() if n not in ("model.norm.weight", name)})
     with pytest.raises(WeightsError, match="surprise"):
         filled(checkpoint, {**tensors, "model.surprise.weight": torch.zeros(1)})
     with pytest.raises(WeightsError, match=r"k_proj.*\[3, 64\], expected \[32, 64\]"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import resource
@@ -20,6 +21,7 @@ from tests.model.families.networks import TINY
 from tests.model.weights.gguf_writer import gguf_tensors, write_metadata
 from tests.model.weights.mutations import changed, damaged
 from tests.model.weights.networks import tiny_llama
+from tests.model.weights.retold import retold_table, write_retold_header
 from tokenrelay.model.chat_template import ChatTemplateError
 from tokenrelay.model.config import UnsupportedModelError
 from tokenrelay.model.tokenizer import Tokenizer
@@ -78,6 +80,7 @@ def gguf(path: Path, *, sentencepiece: bool) -> Mutation:
     writer.add_chat_template(TEMPLATE)
     for name, values in gguf_tensors(model):
         writer.add_tensor(name, values.numpy())
+    written = copy.deepcopy(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -85,15 +88,19 @@ def gguf(path: Path, *, sentencepiece: bool) -> Mutation:
     good, header = path.read_bytes(), read_gguf_metadata(path).tensors["token_embd.weight"].offset
 
     def mutate(chance: random.Random) -> ModelSource:
-        path.write_bytes(damaged(good[:header], chance) + good[header:])
+        if chance.random() < 0.5:
+            path.write_bytes(damaged(good[:header], chance) + good[header:])
+        else:
+            write_retold_header(written, path, chance)
+            path.write_bytes(path.read_bytes() + good[header:])
         return ModelSource("x", path, "gguf")
 
     return mutate
 
 
-def folder(path: Path) -> dict[str, bytes]:
-    """The files of a folder with two shards and a tokenizer."""
-    tiny_llama().save_pretrained(path, max_shard_size="150KB")
+def folder(path: Path, *, shards: int = 2) -> dict[str, bytes]:
+    """The files of a folder with one or two shards and a tokenizer."""
+    tiny_llama().save_pretrained(path, max_shard_size="150KB" if shards == 2 else "1GB")
     backend = Backend(BPE(vocab={token: i for i, token in enumerate(TOKENS)}, merges=[("a", "b"), ("ab", "c")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -105,23 +112,28 @@ def folder(path: Path) -> dict[str, bytes]:
 
 
 def safetensors(path: Path) -> Mutation:
-    good = folder(path)
-    names = sorted(name for name in good if name.endswith(".safetensors"))
+    """One of two shards is damaged, or a file that is alone: no index contradicts what it says of itself."""
+    good = {shards: folder(path / str(shards), shards=shards) for shards in (1, 2)}
 
     def mutate(chance: random.Random) -> ModelSource:
+        shards = chance.choice((1, 2))
+        chosen, names = path / str(shards), sorted(name for name in good[shards] if name.endswith(".safetensors"))
         for name in names:
-            content = good[name]
-            end = 8 + int.from_bytes(content[:8], "little")
-            (path / name).write_bytes(_header(content[:end], chance) + content[end:])
-        return ModelSource("x", path, "folder")
+            (chosen / name).write_bytes(good[shards][name])
+        name = chance.choice(names)
+        content = good[shards][name]
+        end = 8 + int.from_bytes(content[:8], "little")
+        (chosen / name).write_bytes(_header(content[:end], chance) + content[end:])
+        return ModelSource("x", chosen, "folder")
 
     return mutate
 
 
 def _header(good: bytes, chance: random.Random) -> bytes:
-    if chance.random() < 0.5:
+    change = chance.choice((damaged, changed, retold_table, retold_table))
+    if change is damaged:
         return damaged(good, chance)
-    text = json.dumps(changed(json.loads(good[8:]), chance)).encode()
+    text = json.dumps(change(json.loads(good[8:]), chance)).encode()
     return len(text).to_bytes(8, "little") + text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from gguf.quants import dequantize
 from structlog.testing import capture_logs
 from transformers import PreTrainedModel
 
-from tests.model.weights.gguf_writer import gguf_tensors, write_gguf
+from tests.model.weights.gguf_writer import gguf_tensors, write_gguf, write_metadata
 from tests.model.weights.networks import LONGROPE, tiny_gpt2, tiny_llama, with_metadata
 from tokenrelay.model.config import UnsupportedModelError
 from tokenrelay.model.families import read_hf_config
@@ -125,10 +125,28 @@ def test_a_window_makes_it_mistral(window: int, tmp_path: Path) -> None:
     assert config.sliding_window == window
 
 
-def test_unknown_tensor_is_named(tmp_path: Path) -> None:
-    checkpoint = GGUFCheckpoint(with_metadata(tmp_path / "x.gguf", lambda w: None, ("blk.0.mystery.weight", 8)))
-    with pytest.raises(WeightsError, match=r"blk\.0\.mystery\.weight"):
-        load(checkpoint)
+def test_tensors_that_are_missing_extra_or_misshapen_are_named(tmp_path: Path) -> None:
+    good, name = dict(gguf_tensors(tiny_llama())), "blk.1.attn_k.weight"
+    with pytest.raises(WeightsError, match=r"does not fill layers\.1\.attention\.qkv_proj\.weight \(k\)"):
+        load(holding(tmp_path, {n: t for n, t in good.items() if n != name}))
+    with pytest.raises(WeightsError, match=r"blk\.1\.mystery\.weight"):
+        load(holding(tmp_path, good | {"blk.1.mystery.weight": torch.zeros(1)}))
+    with pytest.raises(WeightsError, match=r"blk\.1\.attn_k\.weight.*\[16, 64\], expected \[32, 64\]"):
+        load(holding(tmp_path, good | {name: torch.zeros(16, 64)}))
+    load(holding(tmp_path, good))
+
+
+def holding(folder: Path, tensors: Mapping[str, torch.Tensor]) -> GGUFCheckpoint:
+    """A file of tiny_llama's description and these tensors."""
+    writer = GGUFWriter(folder / "x.gguf", "llama")
+    write_metadata(writer, tiny_llama().config)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUFCheckpoint(folder / "x.gguf")
 
 
 def load(checkpoint: GGUFCheckpoint) -> Transformer:
@@ -149,9 +167,12 @@ def test_every_type_is_read_as_the_gguf_package_dequantizes_it(kind: Kind, tmp_p
     path = with_metadata(
         tmp_path / "x.gguf", lambda w: w.add_tensor("output.weight", raw, raw_dtype=kind), ("output_norm.weight", 64)
     )
+    found, in_few_bits = (
+        dict(read())["output.weight"] for read in (GGUFCheckpoint(path).tensors, GGUFCheckpoint(path).stored)
+    )
     with np.errstate(all="ignore"):
-        found = dict(GGUFCheckpoint(path).tensors())["output.weight"]
         expected = torch.from_numpy(dequantize(raw, kind))
+    assert found.shape == in_few_bits.shape
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 

@@ -29,6 +29,7 @@ class Filling:
         self._quantization, self._keep_quantized = quantization, keep_quantized
         self._parameters = dict(model.named_parameters())  # a tied head is listed once, as the embedding
         self._missing_rows = _rows_to_fill(self._parameters, self._config)
+        self._come: dict[str, set[str]] = defaultdict(set)  # which shards, by name
         self._kept: dict[str, dict[int, Quantized]] = defaultdict(dict)  # by name, and by the row each begins at
 
     @torch.no_grad()
@@ -39,7 +40,7 @@ class Filling:
                 self._put(*one)
                 if self._quantization is not None:
                     self._replace_if_complete(self._module_of(one.target))
-        missing = sorted(name for name, rows in self._missing_rows.items() if rows > 0)
+        missing = sorted(self._described(name) for name, rows in self._missing_rows.items() if rows > 0)
         if missing:
             raise WeightsError(f"the checkpoint does not fill {', '.join(missing[:8])} ({len(missing)} in all)")
 
@@ -60,6 +61,14 @@ class Filling:
         else:
             rows.copy_(tensor.dequantized())
         self._missing_rows[target] -= end - start
+        self._come[target].add(shard)
+
+    def _described(self, target: str) -> str:
+        """Of a matrix some of whose rows have come, which have not."""
+        if not self._come[target]:
+            return target
+        shards = ("q", "k", "v") if "qkv_proj" in target else ("gate", "up")
+        return f"{target} ({', '.join(shard for shard in shards if shard not in self._come[target])})"
 
     def _module_of(self, target: str) -> str:
         """The module that a parameter belongs to; the head, if the embedding is tied to it."""

@@ -25,6 +25,7 @@ from tokenrelay.model.weights.gguf.rules import gguf_rules
 # Elements dequantized at once: they fit the cache, a call per row would cost four times as much, and torch does not
 # split so few among threads, which on a busy machine wait for each other.
 _CHUNK = 1 << 15
+_values = np.errstate(all="ignore")(dequantize)  # a scale that is no number is passed on as it is
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -98,7 +99,7 @@ def _pieces(info: TensorInfo, data: Bytes, metadata: GGUFMetadata) -> Iterator[t
     try:
         for start in range(0, len(blocks), blocks_per_piece):
             chunk = np.array(blocks[start : start + blocks_per_piece])
-            yield torch.from_numpy(dequantize(chunk.reshape(1, -1), kind).ravel())
+            yield torch.from_numpy(_values(chunk.reshape(1, -1), kind).ravel())
     except NotImplementedError as error:
         raise metadata.error(f"tensor {info.name!r} has type {kind.name}, which cannot be dequantized") from error
 

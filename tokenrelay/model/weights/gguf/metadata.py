@@ -57,6 +57,12 @@ class GGUFMetadata:
     def numbers(self, key: str) -> Sequence[float]:
         return self._typed(key, array)
 
+    def integers(self, key: str) -> Sequence[int]:
+        values = self._typed(key, array)
+        if values.typecode in "fd":
+            raise self.error(f"metadata key {key!r} holds fractions, not whole numbers")
+        return values
+
     def error(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {what}")
 

@@ -52,6 +52,7 @@ def _q5_0(blocks: Blocks) -> torch.Tensor:
     return torch.from_numpy(low | fifth << 4).to(torch.int8) - 16
 
 
+@np.errstate(all="ignore")  # a scale that is no number is passed on as it is
 def _q4_k(blocks: Blocks, shape: Sequence[int]) -> Quantized:
     """Eight groups: a scale and a minimum for all, then 6 bits of each group's own, as factors of these."""
     scale, minimum = (blocks[:, i : i + 2].copy().view(np.float16).astype(np.float32) for i in (0, 2))
