@@ -18,7 +18,7 @@ import pytest
 
 from tests.service.api.serving import Endpoint, Server, api_process, wait_for
 from tests.service.api.test_overload import percentile
-from tokenrelay.service.api.connection import Connection
+from tokenrelay.service.api.http.connection import Connection
 from tokenrelay.service.embedded_valkey import EmbeddedValkey
 from tokenrelay.service.settings import Settings
 
