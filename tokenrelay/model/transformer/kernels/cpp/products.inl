@@ -8,6 +8,7 @@ namespace {
 struct i32x16 { __m512i v; };
 TR_INLINE i32x16 no_sum() { return {_mm512_setzero_si512()}; }
 TR_INLINE i32x16 minus(i32x16 a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512_set1_epi32(b))}; }
+TR_INLINE i32x16 plus(i32x16 a, i32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 TR_INLINE f32x16 to_float(i32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 TR_INLINE __m512i four(const int8_t* x) {
     int32_t all;
@@ -40,6 +41,7 @@ TR_INLINE i32x16 minus(i32x16 a, int32_t b) {
     __m256i value = _mm256_set1_epi32(b);
     return {_mm256_sub_epi32(a.lo, value), _mm256_sub_epi32(a.hi, value)};
 }
+TR_INLINE i32x16 plus(i32x16 a, i32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 TR_INLINE f32x16 to_float(i32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 TR_INLINE __m256i four(const int8_t* x) {
     int32_t all;
@@ -184,6 +186,10 @@ TR_INLINE i32x16 minus(i32x16 a, int32_t b) {
     for (int32_t& value : a.v) value -= b;
     return a;
 }
+TR_INLINE i32x16 plus(i32x16 a, const i32x16& b) {
+    for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
+    return a;
+}
 TR_INLINE f32x16 to_float(const i32x16& a) { return each([&](int i) { return float(a.v[i]); }); }
 
 template <int BITS, int SHIFT, int R>
@@ -231,8 +237,7 @@ struct Spread {
         add_spread_products(w, x, x_stride, sums);
     }
 };
-constexpr size_t ROWS_TO_SPREAD = 9;   // fewer are done sooner with the weights as they lie
-constexpr size_t SPREAD_GROUPS = 48;  // 24 KiB: with the rows' activations in the first cache
+constexpr size_t ROWS_TO_SPREAD = 9;  // fewer are done sooner with the weights as they lie
 
 #else
 
@@ -246,7 +251,7 @@ struct EightBits {
 };
 
 using Spread = FourBits;  // taking halves of bytes apart costs little beside the products of many rows
-constexpr size_t ROWS_TO_SPREAD = ~size_t(0), SPREAD_GROUPS = 1;
+constexpr size_t ROWS_TO_SPREAD = ~size_t(0);
 TR_INLINE void spread_out(const uint8_t*, uint8_t*, size_t) {}
 
 #endif

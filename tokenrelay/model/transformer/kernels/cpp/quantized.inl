@@ -2,7 +2,7 @@
 //
 // Within a group the products are summed as integers, which is exact in any order; then, groups ascending,
 //   acc = fma(sum, x_scale * w_scale, acc), and acc = fma(x_scale * sum of x, minimum, acc) where weights have one;
-// the low halves after all groups, and + bias at the end. So a row's bits depend on nothing but the row, whatever
+// and + bias at the end. So a row's bits depend on nothing but the row, whatever
 // instructions do the sums.
 //
 // An activation is 256 * high + low. Most groups have only the high half; a group far above the row's mean would drown
@@ -12,6 +12,8 @@ namespace {
 constexpr float HIGH = 127.0f, BOTH = 127.0f * 256.0f;  // the largest integers
 constexpr float OUTLIER = 36.0f;  // largest element squared, over the row's mean square
 constexpr float TINY = 1e-30f;    // below, a group counts as zero: its factor would overflow
+
+constexpr size_t BLOCK_GROUPS = 48;  // of K at a time: spread out 24 KiB, in the first cache with the rows' activations
 
 // A group with low halves, and their sum.
 struct Outlier { uint32_t group; int32_t sum; };
@@ -81,35 +83,44 @@ struct Quantized {
         parallel_rows(a.rows, a.in_features, [&](size_t row) { quantize_row(row); });
     }
 
+    // The group of a row's i-th outlier, or past all.
     uint32_t outlier_of(size_t row, uint32_t i) const { return i < counts[row] ? outliers[row * groups + i].group : ~0u; }
 
-    // acc [R, 16] += products with low halves: of all rows at once, as their outliers are mostly the same channels.
-    template <int BITS, int R> __attribute__((noinline)) void add_low(float* acc, size_t row, size_t panel) const {
+    // What R rows have in their outliers, begin to end: the groups that are somebody's, ascending, and each one's products with low
+    // halves; 0 where a row has none.
+    template <int R> struct Low {
+        uint32_t groups[BLOCK_GROUPS + 1];  // and one past all
+        i32x16 sums[BLOCK_GROUPS][R];
+    };
+
+    template <int BITS, int R>
+    __attribute__((noinline)) void multiply_low(Low<R>& out, size_t row, size_t panel, size_t begin, size_t end) const {
         uint32_t next[R] = {};
-        for (;;) {
-            uint32_t group = ~0u;
+        for (int r = 0; r < R; r++)
+            while (outlier_of(row + r, next[r]) < begin) next[r]++;
+        for (size_t i = 0;; i++) {
+            size_t group = end;
             for (int r = 0; r < R; r++) group = least(group, outlier_of(row + r, next[r]));
-            if (group == ~0u) return;
-            const size_t at = panel * groups + group, of_row = row * groups + group;
-            i32x16 sum[R];
-            for (int r = 0; r < R; r++) sum[r] = no_sum();
-            add_products<BITS, 0>(a.panels + at * GROUP * 2 * BITS, low + of_row * GROUP, a.in_features, sum);
-            const f32x16 scale = load_f16(a.scales + at * 16);
+            out.groups[i] = group == end ? ~0u : group;
+            if (group == end) return;
+            for (int r = 0; r < R; r++) out.sums[i][r] = no_sum();
+            const uint8_t* w = a.panels + (panel * groups + group) * GROUP * 2 * BITS;
+            add_products<BITS, 0>(w, low + row * a.in_features + group * GROUP, a.in_features, out.sums[i]);
             for (int r = 0; r < R; r++) {
-                if (outlier_of(row + r, next[r]) != group) continue;  // what was there is not its own
-                if (BITS == 8) sum[r] = minus(sum[r], 128 * outliers[(row + r) * groups + next[r]].sum);
-                const f32x16 x_scale = broadcast(scales[of_row + r * groups]);
-                store(acc + r * 16, fma(to_float(sum[r]), mul(x_scale, scale), load(acc + r * 16)));
-                next[r]++;
+                if (outlier_of(row + r, next[r]) != group) out.sums[i][r] = no_sum();  // what lies there is not its own
+                else if (BITS == 8) out.sums[i][r] = minus(out.sums[i][r], 128 * outliers[(row + r) * groups + next[r]].sum);
+                next[r] += outlier_of(row + r, next[r]) == group;
             }
         }
     }
 
-    // acc [R, 16] += groups begin to end of R rows and a panel, w: its weights from begin on. Its own function: whatever else is
-    // here costs it registers.
+    // acc [R, 16] += groups begin to end of R rows and a panel, w: its weights from begin on. A function of its own: whatever else
+    // is here costs it registers.
     template <class Weights, int R>
-    __attribute__((noinline)) void add_groups(float* acc, size_t row, size_t panel, const uint8_t* w, size_t begin,
-                                              size_t end) const {
+    __attribute__((noinline)) void add_groups(float* acc, size_t row, size_t panel, const uint8_t* w, size_t begin, size_t end,
+                                              const Low<R>& low_part) const {
+        const uint32_t* outlier = low_part.groups;
+        const i32x16(*low_sum)[R] = low_part.sums;
         f32x16 total[R];
         for (int r = 0; r < R; r++) total[r] = load(acc + r * 16);
         for (size_t g = begin; g < end; g++, w += Weights::GROUP_BYTES) {
@@ -117,6 +128,10 @@ struct Quantized {
             i32x16 sum[R];
             for (int r = 0; r < R; r++) sum[r] = no_sum();
             Weights::add_high(w, high + row * a.in_features + g * GROUP, a.in_features, sum);
+            if (__builtin_expect(g == *outlier, 0)) {
+                for (int r = 0; r < R; r++) sum[r] = plus(sum[r], (*low_sum)[r]);
+                outlier++, low_sum++;
+            }
             const f32x16 scale = load_f16(a.scales + (panel * groups + g) * 16);
             for (int r = 0; r < R; r++) {
                 if (Weights::BITS == 8 && !Weights::SIGNED) sum[r] = minus(sum[r], 128 * sums[group + r * groups]);
@@ -129,14 +144,15 @@ struct Quantized {
         for (int r = 0; r < R; r++) store(acc + r * 16, total[r]);
     }
 
-    // A part of K that does not begin at 0 goes on with what is in out.
+    // A block of K that does not begin at 0 goes on with what is in out.
     template <class Weights, int R> void tile(size_t row, size_t panel, const uint8_t* w, size_t begin, size_t end) const {
         const size_t column = panel * 16, width = a.out_features - column;
         float* out = a.out + row * a.out_features + column;
         alignas(64) float acc[R * 16] = {};
         for (int r = 0; r < R && begin; r++) store(acc + r * 16, load_part(out + r * a.out_features, width));
-        add_groups<Weights, R>(acc, row, panel, w, begin, end);
-        if (end == groups) add_low<Weights::BITS, R>(acc, row, panel);
+        Low<R> low_part;
+        multiply_low<Weights::BITS, R>(low_part, row, panel, begin, end);
+        add_groups<Weights, R>(acc, row, panel, w, begin, end, low_part);
         for (int r = 0; r < R; r++) {
             f32x16 y = load(acc + r * 16);
             if (end == groups && a.bias) y = add(y, load_part(a.bias + column, width));
@@ -144,25 +160,29 @@ struct Quantized {
         }
     }
 
-    template <class Weights> void multiply_panel(size_t panel, size_t row_begin, size_t row_end) const {
-        const uint8_t* w = a.panels + panel * groups * Weights::GROUP_BYTES;
+    template <class Weights>
+    void multiply_block(size_t panel, const uint8_t* w, size_t row_begin, size_t row_end, size_t begin, size_t end) const {
         for_row_groups<Weights::ROWS>(row_begin, row_end, [&](size_t row, auto count) {
-            tile<Weights, decltype(count)::value>(row, panel, w, 0, groups);
+            tile<Weights, decltype(count)::value>(row, panel, w, begin, end);
         });
+    }
+
+    template <class Weights> void multiply_panel(size_t panel, size_t row_begin, size_t row_end) const {
+        for (size_t begin = 0; begin < groups; begin += BLOCK_GROUPS) {
+            const uint8_t* w = a.panels + (panel * groups + begin) * Weights::GROUP_BYTES;
+            multiply_block<Weights>(panel, w, row_begin, row_end, begin, least(begin + BLOCK_GROUPS, groups));
+        }
     }
 
     // Many rows read weights that were spread out once for all of them.
     void multiply_spread(size_t panel, size_t row_begin, size_t row_end) const {
-        alignas(64) uint8_t spread[SPREAD_GROUPS * Spread::GROUP_BYTES];
-        for (size_t begin = 0; begin < groups; begin += SPREAD_GROUPS) {
-            const size_t end = least(begin + SPREAD_GROUPS, groups), first = panel * groups + begin;
-            const uint8_t* packed = a.panels + first * FourBits::GROUP_BYTES;
-            const size_t bytes = (end - begin) * FourBits::GROUP_BYTES;
+        alignas(64) uint8_t spread[BLOCK_GROUPS * Spread::GROUP_BYTES];
+        for (size_t begin = 0; begin < groups; begin += BLOCK_GROUPS) {
+            const size_t end = least(begin + BLOCK_GROUPS, groups), bytes = (end - begin) * FourBits::GROUP_BYTES;
+            const uint8_t* packed = a.panels + (panel * groups + begin) * FourBits::GROUP_BYTES;
             spread_out(packed, spread, bytes);
-            for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(packed + bytes + i);  // the next part, or panel
-            for_row_groups<Spread::ROWS>(row_begin, row_end, [&](size_t row, auto count) {
-                tile<Spread, decltype(count)::value>(row, panel, spread, begin, end);
-            });
+            for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(packed + bytes + i);  // the next block, or panel
+            multiply_block<Spread>(panel, spread, row_begin, row_end, begin, end);
         }
     }
 
