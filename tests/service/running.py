@@ -73,7 +73,7 @@ class RunningService:
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=_plain_environment())
         try:
-            wait_until(self.is_ready, "ready", 60)
+            wait_until(self.is_ready, "ready", 150)
         except AssertionError as error:
             self.process.kill()
             self.process.wait()

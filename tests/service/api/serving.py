@@ -191,6 +191,8 @@ class PacedWorker:
                     tasks.create_task(self._serve(claim))
                 renewal = await self.queue.renew("paced", self.held)
                 self.lost |= set(renewal.lost)
+                for request_id in renewal.lost:
+                    self.held.pop(request_id, None)
                 for request_id in renewal.cancelled:
                     self.cancelled.setdefault(request_id, time.monotonic())
                 await asyncio.sleep(0.003)
@@ -215,11 +217,18 @@ class PacedWorker:
     async def _serve(self, claim: Claim) -> None:
         await self.gate.wait()
         await self._emit(claim)
-        self.held.pop(claim.submission.request_id, None)  # claimed twice, it ends twice
+        if self._holds(claim):
+            del self.held[claim.submission.request_id]
+
+    def _holds(self, claim: Claim) -> bool:
+        """It may have been lost meanwhile, even claimed again."""
+        return self.held.get(claim.submission.request_id) == claim.epoch
 
     async def _emit(self, claim: Claim) -> None:
         log: list[Event] = []
         for i in range(self.length):
+            if not self._holds(claim):
+                return
             for choice in range(claim.submission.params.n):
                 events = self._events(claim, i, choice, log)
                 await self._publish(claim, events, len(log) + 1)

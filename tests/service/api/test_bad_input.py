@@ -300,7 +300,7 @@ JSON_VALUES = st.recursive(
     max_leaves=12,
 )
 FIELD_NAMES = st.sampled_from([*ON_CHAT, *GenerationRequest.model_fields, "messages", "prompt"])
-FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @FUZZ
