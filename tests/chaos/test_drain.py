@@ -24,7 +24,7 @@ NUM_STREAMS = 10
 
 
 BODIES: list[Body] = [
-    {"prompt": "Once", "max_tokens": 600, "temperature": i % 2, "seed": i} for i in range(NUM_STREAMS)
+    {"prompt": "Once", "max_tokens": 400, "temperature": i % 2, "seed": i} for i in range(NUM_STREAMS)
 ]
 
 

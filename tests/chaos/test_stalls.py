@@ -28,7 +28,7 @@ from tokenrelay.service.worker.role import Role
 LEASE = 1.0  # seconds
 STALL = 3 * LEASE
 BODIES: list[Body] = [
-    {"prompt": prompt, "max_tokens": 600, "temperature": i % 2, "seed": i} for i, prompt in enumerate(PROMPTS)
+    {"prompt": prompt, "max_tokens": 400, "temperature": i % 2, "seed": i} for i, prompt in enumerate(PROMPTS)
 ]
 
 
