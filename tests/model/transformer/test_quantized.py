@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not native.is_available(), reason=native.why_unavailable() or "native library"),
     pytest.mark.usefixtures("restored_settings"),
 ]
-FEATURES = [(32, 1), (64, 33), (576, 130)]
+FEATURES = [(32, 1), (64, 33), (576, 130), (3200, 20)]  # 3200 are three blocks of K
 ROWS = [1, 2, 3, 4, 5, 9, 100]
 
 
