@@ -14,8 +14,9 @@ from tests.service.running import wait_until
 
 CTRL_C, CTRL_D = "\x03", "\x04"
 _AT_ITS_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background of a shell has it ignored
 os.execv(sys.executable, [sys.executable, "-m", "tokenrelay", *sys.argv[1:]])
 """
 
