@@ -70,6 +70,7 @@ def test_help_unknown_commands_and_the_end(noting: FakeServer) -> None:
         assert "Ctrl-C" in terminal.read_until("> ")
         terminal.enter("/dance")
         terminal.read_until("no command /dance")
+        terminal.read_until("> ")
         terminal.type(CTRL_C)
         terminal.read_until("Ctrl-D ends")
         terminal.type(CTRL_D)
