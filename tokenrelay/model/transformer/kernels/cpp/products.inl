@@ -1,8 +1,9 @@
 // Integer products of weights of 8 or 4 bits with activations of 8, by instruction set. All are exact.
 namespace {
 
-// add_products: sums += (products of 16 columns over one group) << SHIFT, for R rows. Weights are unsigned and lie as [16][4]
-// bytes: 8 bits, four k after each other; 4 bits, four k in the low halves and the next four in the high ones.
+// add_products: sums += (products of 16 columns over one group) << SHIFT, for R rows, whose activations begin at x(row). Weights
+// are unsigned and lie as [16][4] bytes: 8 bits, four k after each other; 4 bits, four k in the low halves and the next four in
+// the high ones.
 #if defined(TR_AVX512)
 
 struct i32x16 { __m512i v; };
@@ -16,18 +17,18 @@ TR_INLINE __m512i four(const int8_t* x) {
     return _mm512_set1_epi32(all);
 }
 
-template <int BITS, int SHIFT, int R>
-TR_INLINE void add_products(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+template <int BITS, int SHIFT, int R, class X>
+TR_INLINE void add_products(const uint8_t* w, X x, i32x16 (&sums)[R]) {
     const __m512i half = _mm512_set1_epi8(15);
     __m512i s[R];
     for (int r = 0; r < R; r++) s[r] = _mm512_setzero_si512();
     for (size_t k = 0; k < GROUP; k += 32 / BITS, w += 64) {
         __m512i all = _mm512_loadu_si512(w);
         __m512i first = BITS == 8 ? all : _mm512_and_si512(all, half);
-        for (int r = 0; r < R; r++) s[r] = _mm512_dpbusd_epi32(s[r], first, four(x + r * x_stride + k));
+        for (int r = 0; r < R; r++) s[r] = _mm512_dpbusd_epi32(s[r], first, four(x(r) + k));
         if constexpr (BITS == 4) {
             __m512i second = _mm512_and_si512(_mm512_srli_epi16(all, 4), half);
-            for (int r = 0; r < R; r++) s[r] = _mm512_dpbusd_epi32(s[r], second, four(x + r * x_stride + k + 4));
+            for (int r = 0; r < R; r++) s[r] = _mm512_dpbusd_epi32(s[r], second, four(x(r) + k + 4));
         }
     }
     for (int r = 0; r < R; r++) sums[r].v = _mm512_add_epi32(sums[r].v, _mm512_slli_epi32(s[r], SHIFT));
@@ -70,15 +71,15 @@ TR_INLINE void add_signed_pairs(__m256i& left, __m256i& right, __m256i a, __m256
           [x] "m"(*(const int32_t*)x));
 }
 
-template <int R>
-TR_INLINE void add_signed_products(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+template <int R, class X>
+TR_INLINE void add_signed_products(const uint8_t* w, X x, i32x16 (&sums)[R]) {
     const __m256i middle = _mm256_set1_epi8(-128), unit = _mm256_set1_epi16(256);
 #pragma GCC unroll 8
     for (size_t k = 0; k < GROUP; k += 4, w += 64) {
         __m256i a = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)w), middle), a_size = _mm256_abs_epi8(a);
         __m256i b = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)w + 1), middle), b_size = _mm256_abs_epi8(b);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) add_signed_pairs(sums[r].lo, sums[r].hi, a, b, a_size, b_size, unit, x + r * x_stride + k);
+        for (int r = 0; r < R; r++) add_signed_pairs(sums[r].lo, sums[r].hi, a, b, a_size, b_size, unit, x(r) + k);
     }
 }
 
@@ -94,8 +95,8 @@ TR_INLINE void add_pairs(__m256i& left, __m256i& right, __m256i a, __m256i b, co
         : [a] "x"(a), [b] "x"(b), [x] "m"(*(const int32_t*)x));
 }
 
-template <int SHIFT, int R>
-TR_INLINE void add_4_bit_products(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+template <int SHIFT, int R, class X>
+TR_INLINE void add_4_bit_products(const uint8_t* w, X x, i32x16 (&sums)[R]) {
     const __m256i half = _mm256_set1_epi8(15), unit = _mm256_set1_epi16(1 << SHIFT);
     __m256i left[R], right[R];
 #pragma GCC unroll 8
@@ -106,9 +107,9 @@ TR_INLINE void add_4_bit_products(const uint8_t* w, const int8_t* x, size_t x_st
         __m256i a_low = _mm256_and_si256(a, half), a_high = _mm256_and_si256(_mm256_srli_epi16(a, 4), half);
         __m256i b_low = _mm256_and_si256(b, half), b_high = _mm256_and_si256(_mm256_srli_epi16(b, 4), half);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) add_pairs(left[r], right[r], a_low, b_low, x + r * x_stride + k);
+        for (int r = 0; r < R; r++) add_pairs(left[r], right[r], a_low, b_low, x(r) + k);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) add_pairs(left[r], right[r], a_high, b_high, x + r * x_stride + k + 4);
+        for (int r = 0; r < R; r++) add_pairs(left[r], right[r], a_high, b_high, x(r) + k + 4);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
@@ -117,20 +118,9 @@ TR_INLINE void add_4_bit_products(const uint8_t* w, const int8_t* x, size_t x_st
     }
 }
 
-// 4 bits, each in a byte: [K][16][4] bytes of the packed ones become twice as many.
-void spread_out(const uint8_t* from, uint8_t* to, size_t bytes) {
-    const __m256i half = _mm256_set1_epi8(15);
-    for (size_t i = 0; i < bytes; i += 32) {
-        const __m256i all = _mm256_loadu_si256((const __m256i*)(from + i));
-        __m256i* steps = (__m256i*)(to + i / 64 * 128 + i % 64);
-        steps[0] = _mm256_and_si256(all, half);
-        steps[2] = _mm256_and_si256(_mm256_srli_epi16(all, 4), half);
-    }
-}
-
-template <int R>
-TR_INLINE void add_spread_products(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
-    const __m256i unit = _mm256_set1_epi16(256);
+template <int SHIFT, int R, class X>
+TR_INLINE void add_spread_products(const uint8_t* w, X x, i32x16 (&sums)[R]) {
+    const __m256i unit = _mm256_set1_epi16(1 << SHIFT);
     __m256i left[R], right[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) left[r] = right[r] = _mm256_setzero_si256();
@@ -138,7 +128,7 @@ TR_INLINE void add_spread_products(const uint8_t* w, const int8_t* x, size_t x_s
     for (size_t k = 0; k < GROUP; k += 4, w += 64) {
         const __m256i a = _mm256_load_si256((const __m256i*)w), b = _mm256_load_si256((const __m256i*)w + 1);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) add_pairs(left[r], right[r], a, b, x + r * x_stride + k);
+        for (int r = 0; r < R; r++) add_pairs(left[r], right[r], a, b, x(r) + k);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
@@ -148,8 +138,8 @@ TR_INLINE void add_spread_products(const uint8_t* w, const int8_t* x, size_t x_s
 }
 
 // 8 bits are two times 4.
-template <int SHIFT, int R>
-TR_INLINE void add_8_bit_products(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+template <int SHIFT, int R, class X>
+TR_INLINE void add_8_bit_products(const uint8_t* w, X x, i32x16 (&sums)[R]) {
     const __m256i half = _mm256_set1_epi8(15);
     for (int shift = 0; shift < 8; shift += 4) {
         const __m256i unit = _mm256_set1_epi16(1 << (SHIFT + shift));
@@ -162,7 +152,7 @@ TR_INLINE void add_8_bit_products(const uint8_t* w, const int8_t* x, size_t x_st
             __m256i a = _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256(from), shift), half);
             __m256i b = _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256(from + 1), shift), half);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) add_pairs(left[r], right[r], a, b, x + r * x_stride + k);
+            for (int r = 0; r < R; r++) add_pairs(left[r], right[r], a, b, x(r) + k);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
@@ -172,10 +162,10 @@ TR_INLINE void add_8_bit_products(const uint8_t* w, const int8_t* x, size_t x_st
     }
 }
 
-template <int BITS, int SHIFT, int R>
-TR_INLINE void add_products(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
-    if constexpr (BITS == 4) add_4_bit_products<SHIFT>(w, x, x_stride, sums);
-    else add_8_bit_products<SHIFT>(w, x, x_stride, sums);
+template <int BITS, int SHIFT, int R, class X>
+TR_INLINE void add_products(const uint8_t* w, X x, i32x16 (&sums)[R]) {
+    if constexpr (BITS == 4) add_4_bit_products<SHIFT>(w, x, sums);
+    else add_8_bit_products<SHIFT>(w, x, sums);
 }
 
 #else
@@ -192,14 +182,14 @@ TR_INLINE i32x16 plus(i32x16 a, const i32x16& b) {
 }
 TR_INLINE f32x16 to_float(const i32x16& a) { return each([&](int i) { return float(a.v[i]); }); }
 
-template <int BITS, int SHIFT, int R>
-TR_INLINE void add_products(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
+template <int BITS, int SHIFT, int R, class X>
+TR_INLINE void add_products(const uint8_t* w, X x, i32x16 (&sums)[R]) {
     for (int r = 0; r < R; r++)
         for (int c = 0; c < 16; c++) {
             int32_t sum = 0;
             for (size_t k = 0; k < GROUP; k++) {
                 uint8_t byte = w[k / (32 / BITS) * 64 + c * 4 + k % 4];
-                sum += (BITS == 8 ? byte : k / 4 % 2 ? byte >> 4 : byte & 15) * x[r * x_stride + k];
+                sum += (BITS == 8 ? byte : k / 4 % 2 ? byte >> 4 : byte & 15) * x(r)[k];
             }
             sums[r].v[c] += sum << SHIFT;
         }
@@ -207,13 +197,17 @@ TR_INLINE void add_products(const uint8_t* w, const int8_t* x, size_t x_stride, 
 
 #endif
 
-// How a tile multiplies high halves of activations: weights as they lie, or spread out for many rows.
+// How a tile multiplies halves of activations, high ones as multiples of 256: weights as they lie, or spread out for many rows.
 struct FourBits {
     static constexpr int BITS = 4, ROWS = QUANTIZED_ROWS;
-    static constexpr size_t GROUP_BYTES = GROUP * 8;
+    static constexpr size_t PACKED_BYTES = GROUP * 8, GROUP_BYTES = GROUP * 8;
     static constexpr bool SIGNED = false;
-    template <int R> TR_INLINE static void add_high(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
-        add_products<4, 8>(w, x, x_stride, sums);
+    static const uint8_t* unpack(const uint8_t* packed, uint8_t*, size_t) { return packed; }
+    template <int R, class X> TR_INLINE static void add_high(const uint8_t* w, X x, i32x16 (&sums)[R]) {
+        add_products<4, 8>(w, x, sums);
+    }
+    template <int R, class X> TR_INLINE static void add_low(const uint8_t* w, X x, i32x16 (&sums)[R]) {
+        add_products<4, 0>(w, x, sums);
     }
 };
 
@@ -221,20 +215,37 @@ struct FourBits {
 
 struct EightBits {
     static constexpr int BITS = 8, ROWS = 4;
-    static constexpr size_t GROUP_BYTES = GROUP * 16;
+    static constexpr size_t PACKED_BYTES = GROUP * 16, GROUP_BYTES = GROUP * 16;
     static constexpr bool SIGNED = true;
-    template <int R> TR_INLINE static void add_high(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
-        add_signed_products(w, x, x_stride, sums);
+    static const uint8_t* unpack(const uint8_t* packed, uint8_t*, size_t) { return packed; }
+    template <int R, class X> TR_INLINE static void add_high(const uint8_t* w, X x, i32x16 (&sums)[R]) {
+        add_signed_products(w, x, sums);
+    }
+    template <int R, class X> TR_INLINE static void add_low(const uint8_t* w, X x, i32x16 (&sums)[R]) {
+        add_products<8, 0>(w, x, sums);
     }
 };
 
 // 4 bits, each in a byte.
 struct Spread {
     static constexpr int BITS = 4, ROWS = 4;
-    static constexpr size_t GROUP_BYTES = GROUP * 16;
+    static constexpr size_t PACKED_BYTES = GROUP * 8, GROUP_BYTES = GROUP * 16;
     static constexpr bool SIGNED = false;
-    template <int R> TR_INLINE static void add_high(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
-        add_spread_products(w, x, x_stride, sums);
+    static const uint8_t* unpack(const uint8_t* packed, uint8_t* to, size_t bytes) {
+        const __m256i half = _mm256_set1_epi8(15);
+        for (size_t i = 0; i < bytes; i += 32) {
+            const __m256i all = _mm256_loadu_si256((const __m256i*)(packed + i));
+            __m256i* steps = (__m256i*)(to + i / 64 * 128 + i % 64);
+            steps[0] = _mm256_and_si256(all, half);
+            steps[2] = _mm256_and_si256(_mm256_srli_epi16(all, 4), half);
+        }
+        return to;
+    }
+    template <int R, class X> TR_INLINE static void add_high(const uint8_t* w, X x, i32x16 (&sums)[R]) {
+        add_spread_products<8>(w, x, sums);
+    }
+    template <int R, class X> TR_INLINE static void add_low(const uint8_t* w, X x, i32x16 (&sums)[R]) {
+        add_spread_products<0>(w, x, sums);
     }
 };
 constexpr size_t ROWS_TO_SPREAD = 9;  // fewer are done sooner with the weights as they lie
@@ -243,16 +254,19 @@ constexpr size_t ROWS_TO_SPREAD = 9;  // fewer are done sooner with the weights 
 
 struct EightBits {
     static constexpr int BITS = 8, ROWS = QUANTIZED_ROWS;
-    static constexpr size_t GROUP_BYTES = GROUP * 16;
+    static constexpr size_t PACKED_BYTES = GROUP * 16, GROUP_BYTES = GROUP * 16;
     static constexpr bool SIGNED = false;
-    template <int R> TR_INLINE static void add_high(const uint8_t* w, const int8_t* x, size_t x_stride, i32x16 (&sums)[R]) {
-        add_products<8, 8>(w, x, x_stride, sums);
+    static const uint8_t* unpack(const uint8_t* packed, uint8_t*, size_t) { return packed; }
+    template <int R, class X> TR_INLINE static void add_high(const uint8_t* w, X x, i32x16 (&sums)[R]) {
+        add_products<8, 8>(w, x, sums);
+    }
+    template <int R, class X> TR_INLINE static void add_low(const uint8_t* w, X x, i32x16 (&sums)[R]) {
+        add_products<8, 0>(w, x, sums);
     }
 };
 
 using Spread = FourBits;  // taking halves of bytes apart costs little beside the products of many rows
 constexpr size_t ROWS_TO_SPREAD = ~size_t(0);
-TR_INLINE void spread_out(const uint8_t*, uint8_t*, size_t) {}
 
 #endif
 

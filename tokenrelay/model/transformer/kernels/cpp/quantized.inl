@@ -18,6 +18,18 @@ constexpr size_t BLOCK_GROUPS = 48;  // of K at a time: spread out 24 KiB, in th
 // A group with low halves, and their sum.
 struct Outlier { uint32_t group; int32_t sum; };
 
+// The outliers of some rows in a block of K, sorted by group: rows that have the same one multiply its weights together, wherever
+// they are, and no others need to. Their products with a panel lie row after row.
+template <int ROWS> struct Outliers {
+    size_t row_begin, row_end, begin, end;      // rows, at most ROW_BLOCK, and groups
+    uint16_t of_group[BLOCK_GROUPS + 1];        // where each group's begin in the three that follow
+    uint8_t rows[ROW_BLOCK * BLOCK_GROUPS];     // from row_begin on
+    int16_t sums[ROW_BLOCK * BLOCK_GROUPS];     // of low halves
+    uint16_t places[ROW_BLOCK * BLOCK_GROUPS];  // of their products
+    uint16_t of_row[ROW_BLOCK];                 // where each row's products begin
+    uint8_t of_tile[ROW_BLOCK][BLOCK_GROUPS];   // bit r: row r of the tile has one; a tile is ROWS rows
+};
+
 struct Quantized {
     const QuantizedLinear& a;
     size_t groups;
@@ -83,55 +95,68 @@ struct Quantized {
         parallel_rows(a.rows, a.in_features, [&](size_t row) { quantize_row(row); });
     }
 
-    // The group of a row's i-th outlier, or past all.
-    uint32_t outlier_of(size_t row, uint32_t i) const { return i < counts[row] ? outliers[row * groups + i].group : ~0u; }
+    // f(group in the block, sum of low halves) for a row's outliers in a block of K.
+    template <class F> void for_outliers(size_t row, size_t begin, size_t end, F f) const {
+        for (const Outlier *i = outliers + row * groups, *last = i + counts[row]; i < last && i->group < end; i++)
+            if (i->group >= begin) f(i->group - begin, i->sum);
+    }
 
-    // What R rows have in their outliers, begin to end: the groups that are somebody's, ascending, and each one's products with low
-    // halves; 0 where a row has none.
-    template <int R> struct Low {
-        uint32_t groups[BLOCK_GROUPS + 1];  // and one past all
-        i32x16 sums[BLOCK_GROUPS][R];
-    };
-
-    template <int BITS, int R>
-    __attribute__((noinline)) void multiply_low(Low<R>& out, size_t row, size_t panel, size_t begin, size_t end) const {
-        uint32_t next[R] = {};
-        for (int r = 0; r < R; r++)
-            while (outlier_of(row + r, next[r]) < begin) next[r]++;
-        for (size_t i = 0;; i++) {
-            size_t group = end;
-            for (int r = 0; r < R; r++) group = least(group, outlier_of(row + r, next[r]));
-            out.groups[i] = group == end ? ~0u : group;
-            if (group == end) return;
-            for (int r = 0; r < R; r++) out.sums[i][r] = no_sum();
-            const uint8_t* w = a.panels + (panel * groups + group) * GROUP * 2 * BITS;
-            add_products<BITS, 0>(w, low + row * a.in_features + group * GROUP, a.in_features, out.sums[i]);
-            for (int r = 0; r < R; r++) {
-                if (outlier_of(row + r, next[r]) != group) out.sums[i][r] = no_sum();  // what lies there is not its own
-                else if (BITS == 8) out.sums[i][r] = minus(out.sums[i][r], 128 * outliers[(row + r) * groups + next[r]].sum);
-                next[r] += outlier_of(row + r, next[r]) == group;
-            }
+    template <int ROWS> void sort_outliers(Outliers<ROWS>& of) const {
+        const size_t rows = of.row_end - of.row_begin;
+        uint16_t next[BLOCK_GROUPS + 1] = {}, place = 0;
+        __builtin_memset(of.of_tile, 0, (rows + ROWS - 1) / ROWS * BLOCK_GROUPS);
+        for (size_t row = 0; row < rows; row++)
+            for_outliers(of.row_begin + row, of.begin, of.end, [&](size_t g, int32_t) {
+                next[g + 1]++;
+                of.of_tile[row / ROWS][g] |= 1 << row % ROWS;
+            });
+        for (size_t g = 0; g < BLOCK_GROUPS; g++) next[g + 1] += next[g];
+        __builtin_memcpy(of.of_group, next, sizeof next);
+        for (size_t row = 0; row < rows; row++) {
+            of.of_row[row] = place;
+            for_outliers(of.row_begin + row, of.begin, of.end, [&](size_t g, int32_t sum) {
+                of.rows[next[g]] = row, of.sums[next[g]] = sum, of.places[next[g]++] = place++;
+            });
         }
     }
 
-    // acc [R, 16] += groups begin to end of R rows and a panel, w: its weights from begin on. A function of its own: whatever else
-    // is here costs it registers.
+    // A panel's products with the low halves of outliers.
+    template <class Weights>
+    __attribute__((noinline)) void multiply_low(const Outliers<Weights::ROWS>& of, const uint8_t* w, i32x16* products) const {
+        for (size_t g = of.begin; g < of.end; g++, w += Weights::GROUP_BYTES) {
+            const uint16_t* first = of.of_group + (g - of.begin);
+            for_row_groups<4>(first[0], first[1], [&](size_t i, auto count) {
+                constexpr int R = decltype(count)::value;
+                const int8_t* x[R];
+                i32x16 sum[R];
+                for (int r = 0; r < R; r++) x[r] = low + (of.row_begin + of.rows[i + r]) * a.in_features + g * GROUP;
+                for (int r = 0; r < R; r++) sum[r] = no_sum();
+                Weights::add_low(w, [&](int r) { return x[r]; }, sum);
+                for (int r = 0; r < R; r++)
+                    products[of.places[i + r]] = Weights::BITS == 8 ? minus(sum[r], 128 * of.sums[i + r]) : sum[r];
+            });
+        }
+    }
+
+    // acc [R, 16] += a block of K, of R rows and a panel, w: its weights. A function of its own: whatever else is here costs it
+    // registers.
     template <class Weights, int R>
-    __attribute__((noinline)) void add_groups(float* acc, size_t row, size_t panel, const uint8_t* w, size_t begin, size_t end,
-                                              const Low<R>& low_part) const {
-        const uint32_t* outlier = low_part.groups;
-        const i32x16(*low_sum)[R] = low_part.sums;
+    __attribute__((noinline)) void add_groups(float* acc, size_t row, size_t panel, const uint8_t* w,
+                                              const Outliers<Weights::ROWS>& of, const i32x16* low_products) const {
+        const uint8_t* has_outlier = of.of_tile[(row - of.row_begin) / Weights::ROWS];
+        const i32x16* low_sum[R];
         f32x16 total[R];
+        for (int r = 0; r < R; r++) low_sum[r] = low_products + of.of_row[row - of.row_begin + r];
         for (int r = 0; r < R; r++) total[r] = load(acc + r * 16);
-        for (size_t g = begin; g < end; g++, w += Weights::GROUP_BYTES) {
+        for (size_t g = of.begin; g < of.end; g++, w += Weights::GROUP_BYTES) {
             const size_t group = row * groups + g;
             i32x16 sum[R];
             for (int r = 0; r < R; r++) sum[r] = no_sum();
-            Weights::add_high(w, high + row * a.in_features + g * GROUP, a.in_features, sum);
-            if (__builtin_expect(g == *outlier, 0)) {
-                for (int r = 0; r < R; r++) sum[r] = plus(sum[r], (*low_sum)[r]);
-                outlier++, low_sum++;
-            }
+            const int8_t* x = high + row * a.in_features + g * GROUP;
+            Weights::add_high(w, [x, stride = a.in_features](int r) { return x + r * stride; }, sum);
+            if (const unsigned rows = has_outlier[g - of.begin])
+                for (int r = 0; r < R; r++)
+                    if (rows >> r & 1) sum[r] = plus(sum[r], *low_sum[r]++);
             const f32x16 scale = load_f16(a.scales + (panel * groups + g) * 16);
             for (int r = 0; r < R; r++) {
                 if (Weights::BITS == 8 && !Weights::SIGNED) sum[r] = minus(sum[r], 128 * sums[group + r * groups]);
@@ -145,51 +170,45 @@ struct Quantized {
     }
 
     // A block of K that does not begin at 0 goes on with what is in out.
-    template <class Weights, int R> void tile(size_t row, size_t panel, const uint8_t* w, size_t begin, size_t end) const {
+    template <class Weights, int R>
+    void tile(size_t row, size_t panel, const uint8_t* w, const Outliers<Weights::ROWS>& of, const i32x16* low_products) const {
         const size_t column = panel * 16, width = a.out_features - column;
         float* out = a.out + row * a.out_features + column;
         alignas(64) float acc[R * 16] = {};
-        for (int r = 0; r < R && begin; r++) store(acc + r * 16, load_part(out + r * a.out_features, width));
-        Low<R> low_part;
-        multiply_low<Weights::BITS, R>(low_part, row, panel, begin, end);
-        add_groups<Weights, R>(acc, row, panel, w, begin, end, low_part);
+        for (int r = 0; r < R && of.begin; r++) store(acc + r * 16, load_part(out + r * a.out_features, width));
+        add_groups<Weights, R>(acc, row, panel, w, of, low_products);
         for (int r = 0; r < R; r++) {
             f32x16 y = load(acc + r * 16);
-            if (end == groups && a.bias) y = add(y, load_part(a.bias + column, width));
+            if (of.end == groups && a.bias) y = add(y, load_part(a.bias + column, width));
             store_part(out + r * a.out_features, y, width);
         }
     }
 
+    // Weights that are unpacked come from memory beside the panel before; what is read as it lies, the processor foresees.
     template <class Weights>
-    void multiply_block(size_t panel, const uint8_t* w, size_t row_begin, size_t row_end, size_t begin, size_t end) const {
-        for_row_groups<Weights::ROWS>(row_begin, row_end, [&](size_t row, auto count) {
-            tile<Weights, decltype(count)::value>(row, panel, w, begin, end);
+    void multiply_block(size_t panel, const Outliers<Weights::ROWS>& of, i32x16* low_products) const {
+        alignas(64) uint8_t room[BLOCK_GROUPS * Weights::GROUP_BYTES];
+        const size_t bytes = (of.end - of.begin) * Weights::PACKED_BYTES;
+        const uint8_t* packed = a.panels + (panel * groups + of.begin) * Weights::PACKED_BYTES;
+        const uint8_t *w = Weights::unpack(packed, room, bytes), *next = packed + groups * Weights::PACKED_BYTES;
+        const uint8_t* end = next + (w == packed ? 0 : bytes);
+        multiply_low<Weights>(of, w, low_products);
+        const size_t share = bytes * Weights::ROWS / (of.row_end - of.row_begin) + 64;
+        for_row_groups<Weights::ROWS>(of.row_begin, of.row_end, [&](size_t row, auto count) {
+            for (const uint8_t* stop = next + share; next < stop && next < end; next += 64) __builtin_prefetch(next);
+            tile<Weights, decltype(count)::value>(row, panel, w, of, low_products);
         });
     }
 
-    template <class Weights> void multiply_panel(size_t panel, size_t row_begin, size_t row_end) const {
-        for (size_t begin = 0; begin < groups; begin += BLOCK_GROUPS) {
-            const uint8_t* w = a.panels + (panel * groups + begin) * Weights::GROUP_BYTES;
-            multiply_block<Weights>(panel, w, row_begin, row_end, begin, least(begin + BLOCK_GROUPS, groups));
+    template <class Weights> void multiply_panels(size_t first, size_t last, size_t row_begin, size_t row_end) const {
+        i32x16 low_products[ROW_BLOCK * BLOCK_GROUPS];
+        Outliers<Weights::ROWS> of;
+        of.row_begin = row_begin, of.row_end = row_end;
+        for (of.begin = 0; of.begin < groups; of.begin = of.end) {
+            of.end = least(of.begin + BLOCK_GROUPS, groups);
+            sort_outliers(of);
+            for (size_t panel = first; panel < last; panel++) multiply_block<Weights>(panel, of, low_products);
         }
-    }
-
-    // Many rows read weights that were spread out once for all of them.
-    void multiply_spread(size_t panel, size_t row_begin, size_t row_end) const {
-        alignas(64) uint8_t spread[BLOCK_GROUPS * Spread::GROUP_BYTES];
-        for (size_t begin = 0; begin < groups; begin += BLOCK_GROUPS) {
-            const size_t end = least(begin + BLOCK_GROUPS, groups), bytes = (end - begin) * FourBits::GROUP_BYTES;
-            const uint8_t* packed = a.panels + (panel * groups + begin) * FourBits::GROUP_BYTES;
-            spread_out(packed, spread, bytes);
-            for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(packed + bytes + i);  // the next block, or panel
-            multiply_block<Spread>(panel, spread, row_begin, row_end, begin, end);
-        }
-    }
-
-    void multiply_rows(size_t panel, size_t row_begin, size_t row_end) const {
-        if (a.bits == 8) multiply_panel<EightBits>(panel, row_begin, row_end);
-        else if (row_end - row_begin < ROWS_TO_SPREAD) multiply_panel<FourBits>(panel, row_begin, row_end);
-        else multiply_spread(panel, row_begin, row_end);
     }
 
     void multiply_all() const {
@@ -198,7 +217,9 @@ struct Quantized {
         parallel_for(panel_groups * row_blocks, [&](size_t task) {
             size_t first = task / row_blocks * PANEL_GROUP, last = least(first + PANEL_GROUP, panel_count);
             size_t row_begin = task % row_blocks * ROW_BLOCK, row_end = least(row_begin + ROW_BLOCK, size_t(a.rows));
-            for (size_t panel = first; panel < last; panel++) multiply_rows(panel, row_begin, row_end);
+            if (a.bits == 8) multiply_panels<EightBits>(first, last, row_begin, row_end);
+            else if (row_end - row_begin < ROWS_TO_SPREAD) multiply_panels<FourBits>(first, last, row_begin, row_end);
+            else multiply_panels<Spread>(first, last, row_begin, row_end);
         });
     }
 };
