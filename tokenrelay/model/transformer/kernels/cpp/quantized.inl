@@ -174,8 +174,8 @@ struct Quantized {
     void tile(size_t row, size_t panel, const uint8_t* w, const Outliers<Weights::ROWS>& of, const i32x16* low_products) const {
         const size_t column = panel * 16, width = a.out_features - column;
         float* out = a.out + row * a.out_features + column;
-        alignas(64) float acc[R * 16] = {};
-        for (int r = 0; r < R && of.begin; r++) store(acc + r * 16, load_part(out + r * a.out_features, width));
+        alignas(64) float acc[R * 16];
+        for (int r = 0; r < R; r++) store(acc + r * 16, of.begin ? load_part(out + r * a.out_features, width) : broadcast(0.0f));
         add_groups<Weights, R>(acc, row, panel, w, of, low_products);
         for (int r = 0; r < R; r++) {
             f32x16 y = load(acc + r * 16);
