@@ -73,6 +73,13 @@ def _shaken(network: Callable[[Any], PreTrainedModel], config: PreTrainedConfig)
     return made
 
 
+def tiny(name: str, **changes: Any) -> PreTrainedModel:
+    """The network of this name, with other values in its configuration."""
+    network = TINY[name]()
+    fields = network.config.to_dict() | changes
+    return _shaken(type(network), type(network.config)(**fields)) if changes else network
+
+
 TINY: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": _made("GPT2", **_GPT),
     "gpt2, exact gelu": _made("GPT2", **_GPT, activation_function="gelu"),

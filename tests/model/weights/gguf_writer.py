@@ -5,11 +5,12 @@ Names come from the gguf package's own table; what the converter does to a tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, RopeScalingType, get_tensor_name_map
 from gguf.quants import quantize
@@ -55,15 +56,30 @@ _REORDERED = {"llama", "mistral", "mixtral", "smollm3", "arcee", "granite", "gra
 _NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron"}
 
 
+Encoded = tuple[str, npt.NDArray[Any], GGMLQuantizationType]  # a tensor by its name, as it is in the file
+
+
 def write_gguf(model: PreTrainedModel, path: Path, kind: GGMLQuantizationType = GGMLQuantizationType.F32) -> Path:
-    """Matrices in ``kind``, if their rows divide into its blocks; vectors in F32, as quantized files have it."""
-    config = model.config
+    """Matrices in ``kind``, if their rows divide into its blocks; the others in F32, as quantized files have it."""
+    return write_encoded(model.config, path, (_rounded(name, values, kind) for name, values in gguf_tensors(model)))
+
+
+def _rounded(name: str, values: Tensor, kind: GGMLQuantizationType) -> Encoded:
+    used = kind if is_quantized(name, values) else GGMLQuantizationType.F32
+    return name, quantize(np.ascontiguousarray(values.numpy()), used), used
+
+
+def is_quantized(name: str, values: Tensor) -> bool:
+    """Vectors, routers and the biases of experts never are."""
+    return values.ndim > 1 and name.endswith(".weight") and "ffn_gate_inp" not in name
+
+
+def write_encoded(config: Any, path: Path, tensors: Iterable[Encoded]) -> Path:
+    """A file of this network's description and these tensors."""
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
     write_metadata(writer, config)
-    for name, values in gguf_tensors(model):
-        used = kind if values.ndim > 1 and "ffn_gate_inp" not in name else GGMLQuantizationType.F32
-        data = quantize(np.ascontiguousarray(values.numpy()), used)
-        writer.add_tensor(name, data, raw_dtype=used)
+    for name, data, kind in tensors:
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

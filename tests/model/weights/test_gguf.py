@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from gguf import ExpertGatingFuncType, GGUFWriter
@@ -19,7 +18,8 @@ from gguf.quants import dequantize
 from structlog.testing import capture_logs
 from transformers import PreTrainedModel
 
-from tests.model.weights.gguf_writer import gguf_tensors, write_gguf, write_metadata
+from tests.model.weights.gguf_blocks import random_blocks
+from tests.model.weights.gguf_writer import gguf_tensors, write_encoded, write_gguf
 from tests.model.weights.networks import LONGROPE, tiny_gpt2, tiny_llama, with_metadata
 from tokenrelay.model.config import UnsupportedModelError
 from tokenrelay.model.families import read_hf_config
@@ -138,15 +138,8 @@ def test_tensors_that_are_missing_extra_or_misshapen_are_named(tmp_path: Path) -
 
 def holding(folder: Path, tensors: Mapping[str, torch.Tensor]) -> GGUFCheckpoint:
     """A file of tiny_llama's description and these tensors."""
-    writer = GGUFWriter(folder / "x.gguf", "llama")
-    write_metadata(writer, tiny_llama().config)
-    for name, values in tensors.items():
-        writer.add_tensor(name, values.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return GGUFCheckpoint(folder / "x.gguf")
+    encoded = ((name, values.numpy(), Kind.F32) for name, values in tensors.items())
+    return GGUFCheckpoint(write_encoded(tiny_llama().config, folder / "x.gguf", encoded))
 
 
 def load(checkpoint: GGUFCheckpoint) -> Transformer:
@@ -256,19 +249,10 @@ def test_what_is_stored_in_few_bits_comes_in_few_bits(kind: Kind, tie: bool, tmp
         torch.testing.assert_close(meant, expected[name], rtol=1e-6, atol=float(half_a_step) * 1.01 + 1e-7)
 
 
-def random_blocks(kind: Kind, seed: int) -> npt.NDArray[np.uint8]:
-    """Eight rows of two blocks: any bits, but scales that are numbers."""
-    random_ = np.random.default_rng(seed)
-    blocks = random_.integers(0, 256, (16, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
-    for at in (0, 2) if kind is Kind.Q4_K else (0,):
-        blocks[:, at : at + 2] = random_.uniform(-0.1, 0.1, (16, 1)).astype(np.float16).view(np.uint8)
-    return blocks
-
-
 @pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q5_0, Kind.Q8_0], ids=lambda kind: kind.name)
 def test_any_block_means_what_dequantizing_gives(kind: Kind) -> None:
     """All integers, scales and minima: what our own rounding would never write."""
-    blocks = random_blocks(kind, 0)
+    blocks = random_blocks(kind, 16, np.random.default_rng(0))
     expected = torch.from_numpy(dequantize(blocks, kind)).view(8, -1)
     stored = quantized_from(blocks, kind, expected.shape)
     assert stored.bits == (4 if kind is Kind.Q4_K else 8)

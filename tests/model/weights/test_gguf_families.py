@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-from tests.model.families.networks import TINY
+from tests.model.families.networks import tiny
 from tests.model.families.running import logits
 from tests.model.weights.gguf_writer import write_gguf
 from tokenrelay.model.transformer.loading import load_transformer
@@ -50,23 +49,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def made(name: str) -> PreTrainedModel:
-    """The tiny network, with what the format cannot hold changed."""
-    network, changes = TINY[name](), CHANGES[name]
-    if not changes:
-        return network
-    torch.manual_seed(0)
-    changed = type(network)(type(network.config)(**network.config.to_dict() | changes)).eval()
-    with torch.no_grad():
-        for parameter in changed.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return changed
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("name", CHANGES)
 def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
-    network = made(name)
+    network = tiny(name, **CHANGES[name])
     checkpoint = GGUFCheckpoint(write_gguf(network, tmp_path / "tiny.gguf"))
     config, tensors = checkpoint.config(), checkpoint.tensors()
     ours = load_transformer(

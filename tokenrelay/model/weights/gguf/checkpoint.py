@@ -56,12 +56,13 @@ class GGUFCheckpoint:
             yield name, _dequantized(info, self._data[info.path], self._metadata, dtype)
 
     def stored(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
-        """As ``tensors``, but quantized matrices come in 4 or 8 bits: as they are, or as near as can be told."""
+        """As ``tensors``, but quantized matrices, and experts' stacks of them, come in 4 or 8 bits: as they are, or as
+        near as can be told."""
         kinds: Counter[str] = Counter()
         for name, info in self._metadata.tensors.items():
             data = self._data[info.path]
             kind, blocks = _blocks(info, data, self._metadata)
-            if kind in NOT_QUANTIZED or len(info.shape) != 2:
+            if kind in NOT_QUANTIZED or len(info.shape) < 2:
                 yield name, _dequantized(info, data, self._metadata, dtype)
                 continue
             exact = kind in TAKEN_APART
@@ -75,7 +76,7 @@ class GGUFCheckpoint:
 
 def _in_8_bits(info: TensorInfo, data: Bytes, metadata: GGUFMetadata) -> Quantized:
     integers = torch.empty(info.shape, dtype=torch.int8)
-    scales = torch.empty(info.shape[0], info.shape[1] // GROUP, dtype=torch.float16)
+    scales = torch.empty(*info.shape[:-1], info.shape[-1] // GROUP, dtype=torch.float16)
     chunks = torch.split(integers.view(-1), _CHUNK), torch.split(scales.view(-1), _CHUNK // GROUP)
     for values, *chunk in zip(_pieces(info, data, metadata), *chunks, strict=True):
         rounded = quantize(values.view(1, -1))

@@ -28,7 +28,7 @@ NOT_QUANTIZED = (
 
 
 def quantized_from(blocks: Blocks, kind: GGMLQuantizationType, shape: Sequence[int]) -> Quantized:
-    """``blocks`` [number, bytes] of a matrix of this shape [N, K], of a kind that is taken apart.
+    """``blocks`` [number, bytes] of a matrix of this shape [N, K], or of a stack, of a kind that is taken apart.
 
     A block begins with its scale, in Q4_1 its minimum follows; of 4-bit integers the low halves of the bytes come
     before the high ones.
@@ -58,7 +58,7 @@ def _q4_k(blocks: Blocks, shape: Sequence[int]) -> Quantized:
     scale, minimum = (blocks[:, i : i + 2].copy().view(np.float16).astype(np.float32) for i in (0, 2))
     scales, minima = _six_bits(blocks[:, 4:16])
     integers = _nibbles(blocks[:, 16:].reshape(-1, 32)).view(*shape)
-    factors = (torch.from_numpy(values).half().view(shape[0], -1) for values in (scale * scales, -minimum * minima))
+    factors = (torch.from_numpy(values).half().view(*shape[:-1], -1) for values in (scale * scales, -minimum * minima))
     return Quantized(integers, *factors)
 
 
@@ -79,5 +79,5 @@ def _nibbles(packed: Blocks) -> torch.Tensor:
 
 
 def _halves(pairs: Blocks, shape: Sequence[int]) -> torch.Tensor:
-    """Bytes -> fp16 [N, K / 32]."""
-    return torch.from_numpy(pairs.copy().view(np.float16)).view(shape[0], -1)
+    """Bytes -> fp16 [..., N, K / 32]."""
+    return torch.from_numpy(pairs.copy().view(np.float16)).view(*shape[:-1], -1)
