@@ -48,7 +48,7 @@ def test_it_equals_the_reference(rows: int, features: tuple[int, int], bits: int
 def test_the_reference_is_the_product_of_what_was_rounded(bits: int) -> None:
     weight, x = weight_of(bits, 96, 40), rows_of(7, 96)
     layer = QuantizedLinear(weight)
-    integers, scales = reference.quantized_rows(x)
+    integers, scales = reference.quantized_activations(x)
     rounded = (integers * scales.unsqueeze(-1)).view(7, 96)
     outlier = x.view(7, 3, GROUP).square().amax(-1) > reference.OUTLIER * x.square().mean(-1, keepdim=True)
     assert 0 < outlier.sum() < outlier.numel()

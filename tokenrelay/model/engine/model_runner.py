@@ -89,8 +89,7 @@ class ModelRunner:
         sampling = [index for index, entry in enumerate(batch) if entry.samples]
         if sampling:
             rows = [np.arange(starts[i + 1] - len(batch[i].draft_token_ids) - 1, starts[i + 1]) for i in sampling]
-            chosen = to_device(torch.from_numpy(np.concatenate(rows)), hidden.device)
-            logits = self.executor.compute_logits(hidden[chosen])
+            logits = self.executor.compute_logits(_chosen(hidden, np.concatenate(rows)))
             for index, one in zip(sampling, self._sampler.sample(logits, [batch[i] for i in sampling]), strict=True):
                 sampled[index] = one
         return sampled
@@ -115,6 +114,11 @@ class ModelRunner:
             logits = self.executor.compute_logits(hidden[start : start + len(some)])
             found += token_logprobs(logits, some, request.params.prompt_logprobs or 0)
         return tuple(found)
+
+
+def _chosen(hidden: Tensor, rows: np.ndarray) -> Tensor:
+    """Ascending rows. Where all decode that is every one, and nothing is copied."""
+    return hidden if len(rows) == len(hidden) else hidden[to_device(torch.from_numpy(rows), hidden.device)]
 
 
 def _token_ids(entry: ScheduledRequest) -> np.ndarray:

@@ -75,12 +75,13 @@ class Sampler:
             self._forbid_early_end(logits[row], position)
         process(logits, positions)
         _constrain(logits, entries)
-        best = logits.argmax(dim=-1).double()  # holds every id
-        drawn = torch.stack((best, torch.ones_like(best)), dim=1)
+        best = logits.argmax(dim=-1)
         rows = [row for row, position in enumerate(positions) if not position.params.greedy]
-        if rows:
-            chosen = tensor_on(logits.device, rows, torch.long)
-            drawn[chosen] = _draw(logits[chosen], [positions[row] for row in rows])
+        if not rows:
+            return [Drawn(token_id) for token_id in best.tolist()]
+        drawn = torch.stack((best.double(), torch.ones_like(best).double()), dim=1)  # a double holds every id
+        chosen = tensor_on(logits.device, rows, torch.long)
+        drawn[chosen] = _draw(logits[chosen], [positions[row] for row in rows])
         return [Drawn(int(token_id), probability) for token_id, probability in drawn.tolist()]
 
     def _forbid_early_end(self, logits: Tensor, position: SamplingPosition) -> None:

@@ -8,6 +8,7 @@ value of a head) and of the model's dtype on CUDA.
 |---------------------|-------------------------------------------------------------|-----------------------------|
 | linear              | x[T, K], W[N, K] or panels[ceil(N/16), K, 16], bias[N]      | [T, N]                      |
 | quantized_linear    | x[T, K], panels, scales and minima[ceil(N/16), K/32, 16]    | [T, N]                      |
+| quantized_rows      | the same panels, scales and minima, ids[T]                  | rows of W [T, K]            |
 | rms_norm            | x[T, C], weight[C]                                          | [T, C]                      |
 | add_rms_norm        | the same and residual[T, C]                                 | residual += x, its norm     |
 | layer_norm          | x[T, C], weight[C], bias[C]                                 | [T, C]                      |
@@ -68,6 +69,11 @@ _quantized_linear = _define(
     "quantized_linear",
     "(Tensor x, Tensor panels, Tensor scales, Tensor? minima, Tensor? bias, int out_features) -> Tensor",
     lambda x, panels, scales, minima, bias, out_features: x.new_empty((x.shape[0], out_features)),
+)
+_quantized_rows = _define(
+    "quantized_rows",
+    "(Tensor panels, Tensor scales, Tensor? minima, Tensor ids, int in_features) -> Tensor",
+    lambda panels, scales, minima, ids, in_features: scales.new_empty((len(ids), in_features), dtype=torch.float32),
 )
 _rms_norm = _define("rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor", _like_first)
 _add_rms_norm = _define(
@@ -139,6 +145,11 @@ def quantized_linear(
     scales, minima [ceil(N / 16), K / 32, 16] fp16. Sums within a group are exact, whatever computes them.
     """
     return _quantized_linear(x, panels, scales, minima, bias, out_features)  # type: ignore[no-any-return]
+
+
+def quantized_rows(panels: Tensor, scales: Tensor, minima: Tensor | None, ids: Tensor, in_features: int) -> Tensor:
+    """Rows of such a W by their numbers, ids [T] int64, each below N -> [T, K] fp32."""
+    return _quantized_rows(panels, scales, minima, ids, in_features)  # type: ignore[no-any-return]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

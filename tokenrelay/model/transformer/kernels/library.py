@@ -34,6 +34,15 @@ class QuantizedLinear(ctypes.Structure):
     ]
 
 
+class QuantizedRows(ctypes.Structure):
+    """What ``tr_quantized_rows`` reads and writes."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("panels", "scales", "minima", "ids", "out")),
+        *((name, c_int64) for name in ("rows", "in_features")),
+    ]
+
+
 class HeadNormParams(ctypes.Structure):
     """What ``tr_head_norm`` reads and writes."""
 
@@ -173,6 +182,7 @@ def _function(name: str, *argtypes: Any) -> Callable[..., None]:
 _norm_arguments = (*(c_void_p,) * 5, c_int64, c_int64, c_float, c_int64)
 linear = _function("tr_linear", *(c_void_p,) * 5, *(c_int64,) * 4)
 quantized_linear = _function("tr_quantized_linear", ctypes.POINTER(QuantizedLinear))
+quantized_rows = _function("tr_quantized_rows", ctypes.POINTER(QuantizedRows))
 rms_norm = _function("tr_rms_norm", *_norm_arguments)
 layer_norm = _function("tr_layer_norm", *_norm_arguments)
 head_norm = _function("tr_head_norm", ctypes.POINTER(HeadNormParams))

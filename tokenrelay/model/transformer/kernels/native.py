@@ -120,6 +120,21 @@ def quantized_linear(
     return out
 
 
+def quantized_rows(panels: Tensor, scales: Tensor, minima: Tensor | None, ids: Tensor, in_features: int) -> Tensor:
+    out = torch.empty((len(ids), in_features))
+    library.quantized_rows(
+        library.QuantizedRows(
+            library.address(panels, torch.uint8),
+            library.address(scales, torch.float16),
+            library.address(minima, torch.float16),
+            library.address(ids, torch.int64),
+            out.data_ptr(),
+            *out.shape,
+        )
+    )
+    return out
+
+
 def _norm(
     function: Callable[..., None], x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor:

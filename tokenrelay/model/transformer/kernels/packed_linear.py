@@ -45,8 +45,10 @@ class PackedLinear(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W by their numbers: [T] -> [T, K]."""
-        values = _rows(self.weight, ids)
-        return values if self.scales is None else Quantized(values, _rows(self.scales, ids)).dequantized()
+        values = reference.panel_rows(self.weight, ids)
+        return (
+            values if self.scales is None else Quantized(values, reference.panel_rows(self.scales, ids)).dequantized()
+        )
 
 
 class QuantizedLinear(nn.Module):
@@ -72,10 +74,7 @@ class QuantizedLinear(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """As ``PackedLinear.rows``."""
-        one_wide = _rows(self.panels, ids).unsqueeze(2)  # each a panel of one column
-        integers = reference.unpack_integers(one_wide, len(ids), self.bits)
-        minima = None if self.minima is None else _rows(self.minima, ids)
-        return Quantized(integers, _rows(self.scales, ids), minima).dequantized()
+        return kernels.quantized_rows(self.panels, self.scales, self.minima, ids, self.in_features)
 
 
 class EmbeddingRows(nn.Module):
@@ -88,13 +87,6 @@ class EmbeddingRows(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """[T] -> [T, C]."""
         return self.matrix.rows(ids)
-
-
-def _rows(stored: Tensor, ids: Tensor) -> Tensor:
-    """Of a matrix [N, ...] or of its panels [ceil(N / 16), ..., 16, ...]: rows are a panel's columns."""
-    if stored.dim() == 2:
-        return stored.index_select(0, ids)
-    return stored[ids // reference.PANEL_WIDTH, :, ids % reference.PANEL_WIDTH]
 
 
 def _multiplied_as(weight: Tensor) -> Tensor:

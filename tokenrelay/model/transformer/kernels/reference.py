@@ -81,7 +81,21 @@ def unpack_integers(panels: Tensor, out_features: int, bits: int) -> Tensor:
     return integers if bits == 4 else integers - 128
 
 
-def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantized_rows(panels: Tensor, scales: Tensor, minima: Tensor | None, ids: Tensor, in_features: int) -> Tensor:
+    one_wide = panel_rows(panels, ids).unsqueeze(2)  # each a panel of one column
+    integers = unpack_integers(one_wide, len(ids), 8 if minima is None else 4)
+    minima = None if minima is None else panel_rows(minima, ids)
+    return Quantized(integers, panel_rows(scales, ids), minima).dequantized()
+
+
+def panel_rows(stored: Tensor, ids: Tensor) -> Tensor:
+    """Of a matrix [N, ...] or of its panels [ceil(N / 16), ..., 16, ...]: rows are a panel's columns."""
+    if stored.dim() == 2:
+        return stored.index_select(0, ids)
+    return stored[ids // PANEL_WIDTH, :, ids % PANEL_WIDTH]
+
+
+def quantized_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, K] -> integers [T, K / 32, 32], as fp32, and a scale for each group [T, K / 32].
 
     An outlier is a group whose largest element is more than 6 times the row's root mean square. It gets integers of 16
@@ -100,7 +114,7 @@ def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantized_linear(
     x: Tensor, panels: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    integers, x_scales = quantized_rows(x)
+    integers, x_scales = quantized_activations(x)
     weight = unpack_integers(panels, out_features, 8 if minima is None else 4).view(out_features, -1, GROUP)
     sums = torch.einsum("tgk,ngk->tng", integers.double(), weight.double())  # exact
     out = torch.einsum("tng,tg,ng->tn", sums, x_scales.double(), unpack(scales, out_features).double())

@@ -74,6 +74,8 @@ void tr_linear(const float* x, const void* panels, const uint16_t* scales, const
 
 void tr_quantized_linear(const QuantizedLinear* params) { kernels->quantized_linear(params); }
 
+void tr_quantized_rows(const QuantizedRows* params) { kernels->quantized_rows(params); }
+
 void tr_rms_norm(const float* x, float* residual, const void* weight, const void* bias, float* out, int64_t rows,
                  int64_t columns, float eps, int64_t is_bf16) {
     kernels->rms_norm(x, residual, weight, bias, out, rows, columns, eps, is_bf16);

@@ -68,6 +68,16 @@ struct QuantizedLinear {
     int64_t rows, in_features, out_features, bits;
 };
 
+// out[i] = row ids[i] of W, stored as above.
+struct QuantizedRows {
+    const uint8_t* panels;
+    const f16* scales;
+    const f16* minima;   // null: 8 bits
+    const int64_t* ids;  // [T]
+    float* out;          // [T, K]
+    int64_t rows, in_features;
+};
+
 // A linear layer. bits: 4 or 8 as in QuantizedLinear, or as in `linear`: 16 for bf16, 32 for float, 8 if weight_only.
 struct Matrix {
     const void* panels;
@@ -153,6 +163,7 @@ struct Kernels {
     void (*linear)(const float* x, const void* panels, const f16* scales, const float* bias, float* out, int64_t rows,
                    int64_t in_features, int64_t out_features, int64_t bits);
     void (*quantized_linear)(const QuantizedLinear* params);
+    void (*quantized_rows)(const QuantizedRows* params);
     // residual null: out = norm(x). Otherwise residual += x first and out = norm(residual). bias null is allowed.
     void (*rms_norm)(const float* x, float* residual, const void* weight, const void* bias, float* out, int64_t rows,
                      int64_t columns, float eps, int64_t is_bf16);

@@ -50,5 +50,5 @@ template <int MOST = MAX_ROWS, class F> TR_INLINE void for_row_groups(size_t beg
 #include "attention.inl"
 #include "forward.inl"
 
-const Kernels TR_KERNELS = {linear,           quantized_linear, norm<false>, norm<true>, head_norm,
-                            rotate_and_cache, paged_attention,  activation,  forward};
+const Kernels TR_KERNELS = {linear,    quantized_linear, quantized_rows,  norm<false>, norm<true>,
+                            head_norm, rotate_and_cache, paged_attention, activation,  forward};

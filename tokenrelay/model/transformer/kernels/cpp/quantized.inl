@@ -230,4 +230,20 @@ void quantized_linear(const QuantizedLinear* params) {
     work.multiply_all();
 }
 
+void quantized_rows(const QuantizedRows* params) {
+    const QuantizedRows a = *params;
+    const size_t columns = a.in_features, groups = columns / GROUP;
+    parallel_rows(a.rows, columns, [=](size_t row) {
+        const size_t panel = a.ids[row] / 16, column = a.ids[row] % 16;
+        const uint8_t* from = a.panels + panel * groups * GROUP * (a.minima ? 8 : 16) + column * 4;
+        for (size_t k = 0; k < columns; k++) {
+            const uint8_t byte = from[k / (a.minima ? 8 : 4) * 64 + k % 4];
+            const int integer = !a.minima ? byte - 128 : k / 4 % 2 ? byte >> 4 : byte & 15;
+            const size_t group = (panel * groups + k / GROUP) * 16 + column;
+            const float scaled = float(integer) * widen_f16(a.scales[group]);
+            a.out[row * columns + k] = a.minima ? scaled + widen_f16(a.minima[group]) : scaled;
+        }
+    });
+}
+
 }  // namespace
