@@ -11,7 +11,7 @@ from torch import Tensor
 GROUP = 32
 LARGEST = 127
 LARGEST_4_BITS = 15
-_CHUNK = 1 << 12  # groups rounded at once: they fit the cache
+_CHUNK = 1 << 9  # groups rounded at once: they fit the cache
 
 
 class Quantized(NamedTuple):
@@ -47,9 +47,9 @@ class Quantized(NamedTuple):
         return groups.view(rows, columns)
 
 
-def can_quantize(weight: Tensor | Quantized) -> bool:
+def can_quantize(shape: torch.Size) -> bool:
     """Whether rows [N, K] divide into groups."""
-    return weight.shape[-1] % GROUP == 0
+    return shape[-1] % GROUP == 0
 
 
 def quantize(weight: Tensor) -> Quantized:
@@ -71,10 +71,10 @@ def _nearest(groups: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_to_4_bits(weight: Tensor) -> Quantized:
     """Integers, scales and minima of a small squared error, searched for group by group."""
     chunks = torch.split(weight.detach().reshape(-1, GROUP), _CHUNK)
-    rounded = [_searched(chunk.float()) for chunk in chunks]
+    rounded = [(one[0].to(torch.uint8), *one[1:]) for one in map(_searched, chunks)]
     integers, scales, minima = (torch.cat(parts) for parts in zip(*rounded, strict=True))
     rows = weight.shape[0]
-    return Quantized(integers.to(torch.uint8).view(weight.shape), scales.view(rows, -1), minima.view(rows, -1))
+    return Quantized(integers.view(weight.shape), scales.view(rows, -1), minima.view(rows, -1))
 
 
 Rounded = tuple[Tensor, Tensor, Tensor]  # integers [G, 32], scale and minimum [G, 1]
@@ -86,6 +86,7 @@ def _searched(groups: Tensor) -> Rounded:
     (the alternation of Lloyd's algorithm: integers for this line, then the line for these integers; better by a fifth
     than the range alone)
     """
+    groups = groups.float()
     low, high = groups.aminmax(dim=1, keepdim=True)
     cut = (high - low) / 20
     best = _rounded(groups, (high - low) / LARGEST_4_BITS, low)

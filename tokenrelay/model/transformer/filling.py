@@ -1,6 +1,7 @@
 """Tensors to their places in an empty network; a matrix whose rows have all come gives way to its replacement at once.
 
-So no more than one matrix is ever in memory in two forms, and a network of few bits never as a whole in many.
+So no more than one matrix is ever in memory in two forms, and a network of few bits never as a whole in many. Where all
+matrices are replaced, on CPUs, not even one is: its tensors wait as they came, mapped from a file, until all are there.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenrelay.model.config import ModelConfig, Quantization
-from tokenrelay.model.quantized import Quantized, stacked
+from tokenrelay.model.quantized import Quantized
 from tokenrelay.model.transformer.placing import Placed, WeightsError
 from tokenrelay.model.transformer.quantization import EMBEDDING, HEAD, replace_matrix
+from tokenrelay.model.transformer.shards import Shards
 from tokenrelay.model.transformer.transformer import Transformer
 
 
@@ -30,7 +32,7 @@ class Filling:
         self._parameters = dict(model.named_parameters())  # a tied head is listed once, as the embedding
         self._missing_rows = _rows_to_fill(self._parameters, self._config)
         self._come: dict[str, set[str]] = defaultdict(set)  # which shards, by name
-        self._kept: dict[str, dict[int, Quantized]] = defaultdict(dict)  # by name, and by the row each begins at
+        self._kept: dict[str, dict[int, Tensor | Quantized]] = defaultdict(dict)  # and the row each begins at
 
     @torch.no_grad()
     def fill(self, tensors: Iterable[Placed]) -> None:
@@ -54,14 +56,21 @@ class Filling:
         rows = self._parameters[target][start:end]
         if tensor.shape != rows.shape:
             raise WeightsError(f"tensor {name!r} has shape {list(tensor.shape)}, expected {list(rows.shape)}")
-        if not isinstance(tensor, Quantized):
-            rows.copy_(tensor)
-        elif self._keep_quantized and target.endswith(("_proj.weight", f"{HEAD}.weight", f"{EMBEDDING}.weight")):
+        if self._keeps(target, tensor):
             self._kept[target][start] = tensor
         else:
-            rows.copy_(tensor.dequantized())
+            rows.copy_(tensor.dequantized() if isinstance(tensor, Quantized) else tensor)
         self._missing_rows[target] -= end - start
         self._come[target].add(shard)
+
+    def _keeps(self, target: str, tensor: Tensor | Quantized) -> bool:
+        """Whether a tensor waits as it is until its matrix is replaced."""
+        if isinstance(tensor, Quantized):
+            matrices = ("_proj.weight", f"{HEAD}.weight", f"{EMBEDDING}.weight")
+            return self._keep_quantized and target.endswith(matrices)
+        replaced = self._quantization is not None and self._parameters[target].device.type == "cpu"
+        module = self._model.get_submodule(self._module_of(target))
+        return replaced and isinstance(module, nn.Linear) and target.endswith(".weight")
 
     def _described(self, target: str) -> str:
         """Of a matrix some of whose rows have come, which have not."""
@@ -80,9 +89,9 @@ class Filling:
         weight, bias = f"{EMBEDDING if tied else module}.weight", f"{module}.bias"
         if self._missing_rows.get(weight, 1) > 0 or self._missing_rows.get(bias, 0) > 0:
             return
-        stored = _whole(self._kept.pop(weight, {}), self._parameters.pop(weight))
+        shards = _whole(self._kept.pop(weight, {}), self._parameters.pop(weight))
         self._parameters.pop(bias, None)
-        replace_matrix(self._model, module, stored, self._quantization or "auto")
+        replace_matrix(self._model, module, shards, self._quantization or "auto")
 
 
 def _rows_to_fill(parameters: Mapping[str, Tensor], config: ModelConfig) -> dict[str, int]:
@@ -93,12 +102,12 @@ def _rows_to_fill(parameters: Mapping[str, Tensor], config: ModelConfig) -> dict
     return {name: parameter.shape[0] for name, parameter in parameters.items() if name not in constant}
 
 
-def _whole(shards: Mapping[int, Quantized], parameter: Tensor) -> Quantized | None:
-    """One matrix, if all its shards came quantized; if not, these join the others in the parameter."""
-    if shards and sum(shard.shape[0] for shard in shards.values()) == parameter.shape[0]:
-        return stacked([shards[start] for start in sorted(shards)])
-    for start, shard in shards.items():
-        parameter.data[start : start + shard.shape[0]] = shard.dequantized()
+def _whole(kept: Mapping[int, Tensor | Quantized], parameter: Tensor) -> Shards | None:
+    """All of a matrix, if all of it was kept; if not, that joins the others in the parameter."""
+    if kept and sum(part.shape[0] for part in kept.values()) == parameter.shape[0]:
+        return Shards(kept, parameter.dtype)
+    for start, part in kept.items():
+        parameter.data[start : start + part.shape[0]] = part.dequantized() if isinstance(part, Quantized) else part
     return None
 
 

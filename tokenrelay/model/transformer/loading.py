@@ -17,6 +17,7 @@ from tokenrelay.model.quantized import Quantized
 from tokenrelay.model.transformer.attention import Attention
 from tokenrelay.model.transformer.communicator import Communicator
 from tokenrelay.model.transformer.filling import Filling
+from tokenrelay.model.transformer.heap import returning_memory
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.native_layers import replace_layers
 from tokenrelay.model.transformer.layers import LayerNorm, RMSNorm
@@ -28,6 +29,7 @@ from tokenrelay.model.transformer.tensor_parallel import Share, sum_over_ranks
 from tokenrelay.model.transformer.transformer import Transformer
 
 
+@returning_memory()
 def load_transformer(
     config: ModelConfig,
     tensors: Iterable[tuple[str, Tensor | Quantized]],
@@ -47,7 +49,8 @@ def load_transformer(
     With ``ranks`` it is this rank's share of the network, cut tensor by tensor: no rank ever holds the whole.
 
     On a CPU activations are fp32 whatever the weights are: its kernels accumulate in fp32 anyway. Norms' weights are
-    fp32 everywhere. Peak memory is the weights as they will be, and one matrix.
+    fp32 everywhere. Peak memory is the weights as they will be, and where tensors are not mapped from a file, or on a
+    GPU, one matrix.
 
     Raises:
         WeightsError: the tensors do not fit the network.

@@ -12,6 +12,7 @@ from tokenrelay.model.quantized import Quantized, can_quantize, quantize, quanti
 from tokenrelay.model.transformer.kernels import native
 from tokenrelay.model.transformer.kernels.fp8_linear import Fp8Linear, fits_fp8
 from tokenrelay.model.transformer.kernels.packed_linear import EmbeddingRows, PackedLinear, QuantizedLinear
+from tokenrelay.model.transformer.shards import Shards, built
 from tokenrelay.model.transformer.transformer import Transformer
 
 _ON_DEVICE: dict[str, tuple[Quantization, ...]] = {
@@ -42,20 +43,23 @@ def keeps_stored(quantization: Quantization, device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def replace_matrix(model: nn.Module, path: str, stored: Quantized | None, quantization: Quantization) -> None:
+def replace_matrix(model: nn.Module, path: str, shards: Shards | None, quantization: Quantization) -> None:
     """Swap the linear layer or the embedding at ``path``, its weights complete; any other module stays.
 
-    ``stored``: its matrix, if that came in few bits. On a GPU what is not quantized stays as it is.
+    ``shards``: its matrix, if that is not in the module. On a GPU what is not quantized stays as it is.
     """
     module = model.get_submodule(path)
     if isinstance(module, nn.Linear):
-        weight = module.weight if stored is None else stored
-        replacement = _replacement(module, path.rpartition(".")[2], weight, quantization)
+        replacement = _replacement(module, path.rpartition(".")[2], shards or _own(module), quantization)
         model.set_submodule(path, replacement)
         if path == HEAD and isinstance(model, Transformer) and model.config.tie_word_embeddings:
             _tie_embedding(model, replacement)
     elif isinstance(module, nn.Embedding) and path == EMBEDDING:
-        _replace_embedding(model, module.weight if stored is None else stored, quantization)
+        _replace_embedding(model, shards or _own(module), quantization)
+
+
+def _own(module: nn.Linear | nn.Embedding) -> Shards:
+    return Shards({0: module.weight}, module.weight.dtype)
 
 
 def _tie_embedding(model: Transformer, head: nn.Module) -> None:
@@ -64,42 +68,57 @@ def _tie_embedding(model: Transformer, head: nn.Module) -> None:
         model.set_submodule(EMBEDDING, EmbeddingRows(head))
 
 
-def _replace_embedding(model: nn.Module, weight: Tensor | Quantized, quantization: Quantization) -> None:
+def _replace_embedding(model: nn.Module, weight: Shards, quantization: Quantization) -> None:
     """An embedding of its own has 8 bits where heads do."""
-    if isinstance(weight, Quantized) and quantization == "auto":
-        model.set_submodule(EMBEDDING, EmbeddingRows(QuantizedLinear(weight)))
-    elif quantization.startswith("int") and can_quantize(weight):
-        model.set_submodule(EMBEDDING, EmbeddingRows(PackedLinear(_in_8_bits(weight))))
+    if weight.bits and quantization == "auto":
+        model.set_submodule(EMBEDDING, EmbeddingRows(built(weight, _as_it_came, None)))
+    elif quantization.startswith("int") and can_quantize(weight.shape):
+        model.set_submodule(EMBEDDING, EmbeddingRows(built(weight, _weight_only, None)))
 
 
-def _replacement(linear: nn.Linear, name: str, weight: Tensor | Quantized, quantization: Quantization) -> nn.Module:
+def _replacement(linear: nn.Linear, name: str, weight: Shards, quantization: Quantization) -> nn.Module:
     """Routers and gates of experts are small, and decide much: they are never quantized."""
-    if not can_quantize(weight) or not name.endswith(("_proj", HEAD)):
+    if not can_quantize(weight.shape) or not name.endswith(("_proj", HEAD)):
         quantization = "auto"
     match quantization:
         case "int8":
-            return QuantizedLinear(_in_8_bits(weight), linear.bias)
+            return built(weight, _in_8, linear.bias)
         case "int8-weight-only":
-            return PackedLinear(_in_8_bits(weight), linear.bias)
+            return built(weight, _weight_only, linear.bias)
         case "int4":
-            return QuantizedLinear(_in_8_bits(weight) if name == HEAD else _in_4_bits(weight), linear.bias)
+            return built(weight, _in_8 if name == HEAD else _in_4, linear.bias)
         case "fp8" if name != HEAD and fits_fp8(linear.weight):
             return Fp8Linear(linear.weight, linear.bias)
+    if weight.bits:
+        return built(weight, _as_it_came, linear.bias)
+    return built(weight, PackedLinear, linear.bias) if linear.weight.device.type == "cpu" else linear
+
+
+def _as_it_came(weight: Tensor | Quantized, bias: Tensor | None) -> QuantizedLinear:
+    assert isinstance(weight, Quantized)
+    return QuantizedLinear(weight, bias)
+
+
+def _in_8(weight: Tensor | Quantized, bias: Tensor | None) -> QuantizedLinear:
+    return QuantizedLinear(_in_8_bits(weight), bias)
+
+
+def _weight_only(weight: Tensor | Quantized, bias: Tensor | None) -> PackedLinear:
+    return PackedLinear(_in_8_bits(weight), bias)
+
+
+def _in_4(weight: Tensor | Quantized, bias: Tensor | None) -> QuantizedLinear:
     if isinstance(weight, Quantized):
-        return QuantizedLinear(weight, linear.bias)
-    return PackedLinear(weight, linear.bias) if weight.device.type == "cpu" else linear
+        weight = weight if weight.bits == 4 else quantize_to_4_bits(weight.dequantized())
+    else:
+        weight = quantize_to_4_bits(weight)
+    return QuantizedLinear(weight, bias)
 
 
 def _in_8_bits(weight: Tensor | Quantized) -> Quantized:
     if isinstance(weight, Quantized):
         return weight if weight.bits == 8 else quantize(weight.dequantized())
     return quantize(weight)
-
-
-def _in_4_bits(weight: Tensor | Quantized) -> Quantized:
-    if isinstance(weight, Quantized):
-        return weight if weight.bits == 4 else quantize_to_4_bits(weight.dequantized())
-    return quantize_to_4_bits(weight)
 
 
 def weight_bytes(model: nn.Module) -> int:
