@@ -40,9 +40,14 @@ def kv_cache_shapes(
 
 def pack(weight: Tensor) -> Tensor:
     """[N, K] -> panels [ceil(N / 16), K, 16], the last one padded with zero columns."""
-    out_features, in_features = weight.shape
-    padded = F.pad(weight, (0, 0, 0, -out_features % PANEL_WIDTH))
-    return padded.view(-1, PANEL_WIDTH, in_features).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    columns = _padded(weight).view(-1, PANEL_WIDTH, weight.shape[1])
+    return columns.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def _padded(weight: Tensor) -> Tensor:
+    """With rows of zeros, until they fill panels."""
+    missing = -len(weight) % PANEL_WIDTH
+    return F.pad(weight, (0, 0, 0, missing)) if missing else weight
 
 
 def unpack(panels: Tensor, out_features: int) -> Tensor:
@@ -63,13 +68,13 @@ def pack_integers(integers: Tensor) -> Tensor:
     int8: the values plus 128 [ceil(N / 16), K / 4, 16, 4]. 4-bit values (uint8): [ceil(N / 16), K / 8, 16, 4], of eight
     steps the last four in the high halves of the bytes.
     """
-    out_features, in_features = integers.shape
+    in_features = integers.shape[1]
     unsigned = integers.view(torch.uint8) ^ 128 if integers.dtype is torch.int8 else integers
-    padded = F.pad(unsigned, (0, 0, 0, -out_features % PANEL_WIDTH)).view(-1, PANEL_WIDTH, in_features // 4, 4)
+    panels = _padded(unsigned).view(-1, PANEL_WIDTH, in_features // 4, 4)
     if integers.dtype is torch.uint8:
-        first, second = padded.view(-1, PANEL_WIDTH, in_features // 8, 2, 4).unbind(3)
-        padded = first | (second << 4)
-    return padded.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        first, second = panels.view(-1, PANEL_WIDTH, in_features // 8, 2, 4).unbind(3)
+        panels = (second << 4).bitwise_or_(first)
+    return panels.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def unpack_integers(panels: Tensor, out_features: int, bits: int) -> Tensor:
