@@ -126,7 +126,7 @@ class Markers:
             return None
         used = set(template).union(*texts)
         for code in _PRIVATE_USE:
-            if chr(code) not in used:
+            if chr(code) not in used and not any(_escape(chr(code)) in text for text in texts):
                 return chr(code)
         raise ChatTemplateError("the messages use every private-use character of Unicode")
 
@@ -152,6 +152,15 @@ class Markers:
         cuts |= {first + len(body) - n + 1 for n in lengths if body[-n:] in self._beginnings}
         cuts |= {first for n in lengths if body[:n] in self._ends}
         return sorted(cuts)
+
+
+def unmarked(text: str, marker: str) -> str:
+    """``text`` without the marker, also where it is escaped: in ASCII, or in a mapping as Python writes it."""
+    return text.replace(marker, "").replace(_escape(marker), "")
+
+
+def _escape(marker: str) -> str:
+    return f"\\u{ord(marker):04x}"
 
 
 def _with_end(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

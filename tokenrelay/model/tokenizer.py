@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
-from tokenrelay.model.chat_template import ChatTemplate, Markers
+from tokenrelay.model.chat_template import ChatTemplate, Markers, unmarked
 from tokenrelay.model.detokenizer import IncrementalDetokenizer
 from tokenrelay.model.tokenizer_description import TokenizerDescription, describe_tokenizer
 from tokenrelay.model.weights.sources import ModelSource
@@ -125,9 +125,8 @@ class Tokenizer:
             tools=tools,
             template_kwargs=template_kwargs,
         )
-        if marker is None:
-            return self.encode(text, add_special_tokens=False)
-        return self._encode_plain(self._secrets.respell(text).replace(marker, ""), add_special_tokens=False)
+        text = self._secrets.respell(text)
+        return self._encode_plain(unmarked(text, marker) if marker else text, add_special_tokens=False)
 
     def _encode_plain(self, text: str, *, add_special_tokens: bool) -> list[int]:
         encoding = _encoding(self._plain, text, add_special_tokens)
