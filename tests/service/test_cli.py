@@ -29,7 +29,7 @@ def test_every_setting_is_an_option_of_serve() -> None:
 
 
 def test_version_is_quick_and_needs_no_torch() -> None:
-    assert run("version").stdout.strip() == __version__
+    assert run("version").stdout.strip() == run("--version").stdout.strip() == __version__
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,20 @@ def version() -> None:
     print(__version__)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
 def _inherited(fd: int) -> socket.socket | None:
     return socket.socket(fileno=fd) if fd >= 0 else None
 
