@@ -52,8 +52,9 @@ def test_the_table_of_metrics_is_the_code() -> None:
 
 def test_files_it_names_exist() -> None:
     tree = README.split("## Where things are")[1].split("```")[1]
+    files = {f"/{path}" for top in ("benchmarks", "tests", "tokenrelay") for path in (ROOT / top).rglob("*.py")}
     for path in re.findall(r"[\w/]+\.py", tree):
-        assert list(ROOT.rglob(path)), path
+        assert any(file.endswith(f"/{path}") for file in files), path
 
 
 @pytest.mark.parametrize(("language", "block"), [b for b in BLOCKS if "make " not in b[1]])

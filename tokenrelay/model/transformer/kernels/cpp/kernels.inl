@@ -17,7 +17,7 @@ constexpr int panels_for(int) { return 1; }
 constexpr int MAX_ROWS = 6, QUANTIZED_ROWS = 3;
 constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #endif
-constexpr size_t ROW_BLOCK = 96, PANEL_GROUP = 4;  // one task of linear: neither changes the bits
+constexpr size_t ROW_BLOCK = 96, PANEL_GROUP = 2;  // one task of linear: neither changes the bits
 constexpr size_t MAX_HEAD_DIM = 256;
 constexpr size_t GROUP = 32;  // elements along K with one scale
 

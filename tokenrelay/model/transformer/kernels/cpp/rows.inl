@@ -1,7 +1,7 @@
 // Everything that works on one row at a time: norms, activations, rotary positions and the cache write.
 namespace {
 
-constexpr size_t WORK_PER_TASK = 16384;  // elements; below that, waking a thread costs more than it brings
+constexpr size_t WORK_PER_TASK = 4096;  // elements; below that, handing them over costs more than it brings
 
 template <class F> TR_INLINE void parallel_rows(size_t rows, size_t columns, F f) {
     size_t chunk = WORK_PER_TASK / columns + 1;
