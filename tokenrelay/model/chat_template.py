@@ -25,6 +25,7 @@ from tokenrelay.model.template_budget import BudgetedEnvironment, budget
 
 _END = "\uf8fe.end.of.message.\uf8fe"  # where a message that is continued ends
 _PRIVATE_USE = range(0xE000, 0xF8F0)  # characters without a meaning, so a text that holds one can do with another
+_ESCAPED = re.compile(r"\\u([ef][0-9a-f]{3})")
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -124,9 +125,9 @@ class Markers:
         texts = list(_strings(values))
         if not any(self._cuts(text) for text in texts):
             return None
-        used = set(template).union(*texts)
+        used = _beyond_ascii([template, *texts])
         for code in _PRIVATE_USE:
-            if chr(code) not in used and not any(_escape(chr(code)) in text for text in texts):
+            if chr(code) not in used:
                 return chr(code)
         raise ChatTemplateError("the messages use every private-use character of Unicode")
 
@@ -161,6 +162,12 @@ def unmarked(text: str, marker: str) -> str:
 
 def _escape(marker: str) -> str:
     return f"\\u{ord(marker):04x}"
+
+
+def _beyond_ascii(texts: Sequence[str]) -> set[str]:
+    """What they hold, also escaped. One pass for all characters: a long message may hold each of them."""
+    used: set[str] = set().union(*(text for text in texts if not text.isascii()))
+    return used.union(chr(int(code, 16)) for text in texts for code in _ESCAPED.findall(text))
 
 
 def _with_end(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
