@@ -118,12 +118,13 @@ class Markers:
         self._inside = re.compile("|".join(f"{re.escape(c)}(?={'|'.join(r)})" for c, r in rests.items()) or "(?!)")
         self._beginnings = {s[:n] for s in spellings for n in range(1, len(s)) if not s[0].isalnum()}
         self._ends = {s[n:] for s in spellings for n in range(1, len(s)) if not s[-1].isalnum()}
-        self._longest = max(map(len, spellings), default=0)
+        self._first, self._last = {s[0] for s in self._beginnings}, {s[-1] for s in self._ends}
+        self._longest = max(map(len, spellings), default=1)
 
     def choose(self, values: Any, template: str) -> str | None:
         """A marker for ``values``, or None if nothing in them needs one; ChatTemplateError if they leave none free."""
-        texts = list(_strings(values))
-        if not any(self._cuts(text) for text in texts):
+        texts = set(_strings(values))  # keys and roles once
+        if not any(map(self._cuts, texts)):
             return None
         used = _beyond_ascii([template, *texts])
         for code in _PRIVATE_USE:
@@ -147,12 +148,18 @@ class Markers:
 
     def _cuts(self, text: str) -> list[int]:
         """Where to insert the marker: after the first character of a spelling, or before the end of one."""
-        first, body = len(text) - len(text.lstrip()), text.strip()  # templates trim: these are the edges they join
-        cuts = {match.end() for match in self._inside.finditer(text)}
+        return sorted({match.end() for match in self._inside.finditer(text)} | self._edges(text))
+
+    def _edges(self, text: str) -> set[int]:
+        """Where templates, which trim, might join it to the rest of a spelling. Few texts need more than a look."""
+        first, body = len(text) - len(text.lstrip()), text.strip()
         lengths = range(1, min(self._longest, len(body) + 1))
-        cuts |= {first + len(body) - n + 1 for n in lengths if body[-n:] in self._beginnings}
-        cuts |= {first for n in lengths if body[:n] in self._ends}
-        return sorted(cuts)
+        cuts: set[int] = set()
+        if not self._first.isdisjoint(body[-self._longest :]):
+            cuts |= {first + len(body) - n + 1 for n in lengths if body[-n:] in self._beginnings}
+        if not self._last.isdisjoint(body[: self._longest]):
+            cuts |= {first for n in lengths if body[:n] in self._ends}
+        return cuts
 
 
 def unmarked(text: str, marker: str) -> str:
