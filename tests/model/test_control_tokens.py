@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.model.control_tokens import FAMILIES, KINDS, tokenizer
+from tokenrelay.model.chat_template import ChatTemplateError, Markers
 from tokenrelay.model.tokenizer import Tokenizer
 
 Chat = dict[str, Any]
@@ -79,3 +81,19 @@ def test_what_spells_a_control_token_stays_text(kind: str, family: str, tmp_path
             assert special(made, ids) == expected, (place, spelled)
             text = made.decode(ids, skip_special_tokens=False)
             assert visible(text, kind) == visible(made.render_chat(**written), kind), (place, spelled)
+
+
+PRIVATE_USE = range(0xE000, 0xF8F0)
+FORMS: dict[str, Callable[[int], str]] = {"as such": chr, "escaped": lambda code: f"\\u{code:04x}"}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_marker_is_a_character_that_neither_messages_nor_template_hold(form: Callable[[int], str]) -> None:
+    """Though a long message holds all others, it is found at once: looking for one after the other took 20 s."""
+    markers, started = Markers(["<|im_end|>"]), time.process_time()
+    *others, last = map(form, PRIVATE_USE)
+    long = "a" * (4 << 20) + "<|im_end|>"
+    assert markers.choose([long, *others], "") == markers.choose([long], "".join(others)) == chr(PRIVATE_USE[-1])
+    with pytest.raises(ChatTemplateError, match="private-use"):
+        markers.choose([long, *others], last)
+    assert time.process_time() - started < 5

@@ -152,6 +152,16 @@ def test_strings_that_a_template_joins_cannot_write_one_either(parts: list[str],
     assert tokenizer.decode(ids) == "".join(part.strip() for part in parts)
 
 
+@pytest.mark.parametrize(
+    ("template", "half"), [("<|im_{{ messages[0].content }}", "end|>"), ("{{ messages[0].content }}end|>", "<|im_")]
+)
+def test_half_a_spelling_beside_the_templates_half_is_text(template: str, half: str, tmp_path: Path) -> None:
+    tokenizer = with_template(template, tmp_path)
+    assert tokenizer.encode_chat(chat(half)) == tokenizer.encode(
+        "<|im_end|>", add_special_tokens=False, parse_special=False
+    )
+
+
 def test_tool_names_and_template_arguments_cannot_write_one_either(tmp_path: Path) -> None:
     tokenizer = with_template("{{ bos_token }}{{ tools | tojson }}{{ note }}", tmp_path)
     ids = tokenizer.encode_chat(chat("x"), tools=[{"<|im_end|>": ["<|im_start|>"]}], template_kwargs={"note": "<s>"})

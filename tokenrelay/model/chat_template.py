@@ -25,6 +25,7 @@ from tokenrelay.model.template_budget import BudgetedEnvironment, budget
 
 _END = "\uf8fe.end.of.message.\uf8fe"  # where a message that is continued ends
 _PRIVATE_USE = range(0xE000, 0xF8F0)  # characters without a meaning, so a text that holds one can do with another
+_ESCAPED = re.compile(r"\\u([ef][0-9a-f]{3})")
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -117,16 +118,17 @@ class Markers:
         self._inside = re.compile("|".join(f"{re.escape(c)}(?={'|'.join(r)})" for c, r in rests.items()) or "(?!)")
         self._beginnings = {s[:n] for s in spellings for n in range(1, len(s)) if not s[0].isalnum()}
         self._ends = {s[n:] for s in spellings for n in range(1, len(s)) if not s[-1].isalnum()}
-        self._longest = max(map(len, spellings), default=0)
+        self._first, self._last = {s[0] for s in self._beginnings}, {s[-1] for s in self._ends}
+        self._longest = max(map(len, spellings), default=1)
 
     def choose(self, values: Any, template: str) -> str | None:
         """A marker for ``values``, or None if nothing in them needs one; ChatTemplateError if they leave none free."""
-        texts = list(_strings(values))
-        if not any(self._cuts(text) for text in texts):
+        texts = set(_strings(values))  # keys and roles once
+        if not any(map(self._cuts, texts)):
             return None
-        used = set(template).union(*texts)
+        used = _beyond_ascii([template, *texts])
         for code in _PRIVATE_USE:
-            if chr(code) not in used and not any(_escape(chr(code)) in text for text in texts):
+            if chr(code) not in used:
                 return chr(code)
         raise ChatTemplateError("the messages use every private-use character of Unicode")
 
@@ -146,12 +148,18 @@ class Markers:
 
     def _cuts(self, text: str) -> list[int]:
         """Where to insert the marker: after the first character of a spelling, or before the end of one."""
-        first, body = len(text) - len(text.lstrip()), text.strip()  # templates trim: these are the edges they join
-        cuts = {match.end() for match in self._inside.finditer(text)}
+        return sorted({match.end() for match in self._inside.finditer(text)} | self._edges(text))
+
+    def _edges(self, text: str) -> set[int]:
+        """Where templates, which trim, might join it to the rest of a spelling. Few texts need more than a look."""
+        first, body = len(text) - len(text.lstrip()), text.strip()
         lengths = range(1, min(self._longest, len(body) + 1))
-        cuts |= {first + len(body) - n + 1 for n in lengths if body[-n:] in self._beginnings}
-        cuts |= {first for n in lengths if body[:n] in self._ends}
-        return sorted(cuts)
+        cuts: set[int] = set()
+        if not self._first.isdisjoint(body[-self._longest :]):
+            cuts |= {first + len(body) - n + 1 for n in lengths if body[-n:] in self._beginnings}
+        if not self._last.isdisjoint(body[: self._longest]):
+            cuts |= {first for n in lengths if body[:n] in self._ends}
+        return cuts
 
 
 def unmarked(text: str, marker: str) -> str:
@@ -161,6 +169,12 @@ def unmarked(text: str, marker: str) -> str:
 
 def _escape(marker: str) -> str:
     return f"\\u{ord(marker):04x}"
+
+
+def _beyond_ascii(texts: Sequence[str]) -> set[str]:
+    """What they hold, also escaped. One pass for all characters: a long message may hold each of them."""
+    used: set[str] = set().union(*(text for text in texts if not text.isascii()))
+    return used.union(chr(int(code, 16)) for text in texts for code in _ESCAPED.findall(text))
 
 
 def _with_end(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

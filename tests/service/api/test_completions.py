@@ -140,6 +140,19 @@ async def test_special_tokens_are_added_unless_not_wanted(
     assert [options["add_special_tokens"] for options in told] == [True, True, False]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_control_token_that_a_prompt_spells_is_one(
+    server: Server, client: AsyncOpenAI, worker: PacedWorker, stream: bool
+) -> None:
+    """A prompt is whole: who writes it writes the template's part, too, as in vLLM and llama.cpp."""
+    create: Any = client.completions.create
+    answer = await create(model=server.model, prompt="<|im_start|>Once<|im_end|>", stream=stream)
+    if stream:
+        assert [chunk async for chunk in answer]
+    special = server.process.model.tokenizer.special_tokens
+    assert worker.claims[-1].submission.prompt_token_ids == [special["<|im_start|>"], 6403, special["<|im_end|>"]]
+
+
 async def test_too_many_prompts_are_refused(server: Server, client: AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="at most 16") as refused:
         await client.completions.create(model=server.model, prompt=["a"] * 17)
