@@ -11,9 +11,12 @@ namespace {
 
 constexpr float HIGH = 127.0f, BOTH = 127.0f * 256.0f;  // the largest integers
 constexpr float OUTLIER = 36.0f;  // largest element squared, over the row's mean square
-constexpr float TINY = 1e-30f;    // below, a group counts as zero: its factor would overflow
+constexpr float TINY = 1e-24f;    // below, a group counts as zero: its factor would overflow, its products lose bits
 
-constexpr size_t BLOCK_GROUPS = 48;  // of K at a time: spread out 24 KiB, in the first cache with the rows' activations
+constexpr size_t BLOCK_GROUPS = 48 / QUANTIZED_PANELS;  // of K at a time: spread out 24 KiB, in the first cache with the rows' activations
+
+// So many rows' activations lie interleaved, as their tile reads them: four of each row, or a scale of each row, after each other.
+constexpr size_t INTERLEAVED = QUANTIZED_PANELS > 1 ? QUANTIZED_ROWS : 1;
 
 // A group with low halves, and their sum.
 struct Outlier { uint32_t group; int32_t sum; };
@@ -33,12 +36,12 @@ template <int ROWS> struct Outliers {
 struct Quantized {
     const QuantizedLinear& a;
     size_t groups;
-    float* scales;      // [T, groups], of the integers 256 high + low
-    float* totals;      // [T, groups]: scale times the sum of the integers
-    int32_t* sums;      // [T, groups], of the high halves, times 256
+    float* scales;      // [T, groups] interleaved: of the integers, which are 256 high + low in outliers, else high
+    float* totals;      // the same: scale times the sum of the integers
+    int32_t* sums;      // the same: of the integers without their low halves
     Outlier* outliers;  // [T, groups]: of each row as many as it has, groups ascending
     uint32_t* counts;   // [T], of outliers
-    int8_t* high;       // [T, K]
+    int8_t* high;       // [T, K] interleaved
     int8_t* low;        // [T, K], in outliers only
 
     explicit Quantized(const QuantizedLinear& params)
@@ -47,46 +50,55 @@ struct Quantized {
           counts((uint32_t*)(outliers + a.rows * groups)), high((int8_t*)(counts + a.rows)),
           low(high + a.rows * a.in_features) {}
 
-    // Integers x * (largest integer / max |x|), rounded to even. Returns the sum of their low halves.
-    template <bool IS_OUTLIER> int32_t quantize_group(const float* from, size_t group, float highest) const {
-        const float factor = highest > TINY ? (IS_OUTLIER ? BOTH : HIGH) / highest : 0.0f;
-        int8_t *to_high = high + group * GROUP, *to_low = low + group * GROUP;
+    // Rows that lie interleaved are a tile: all of INTERLEAVED, or what is left at the end.
+    size_t tile_begin(size_t row) const { return row / INTERLEAVED * INTERLEAVED; }
+    size_t tile_rows(size_t row) const { return INTERLEAVED == 1 ? 1 : least(INTERLEAVED, a.rows - tile_begin(row)); }
+
+    // Integers x * (largest integer / max |x|), rounded to even, to every `step`th four bytes. Returns the sum of their low halves.
+    template <bool IS_OUTLIER>
+    int32_t quantize_group(const float* from, size_t at, float highest, int8_t* to, size_t step, int8_t* to_low) const {
+        const float largest = IS_OUTLIER ? BOTH : HIGH, factor = highest > TINY ? largest / highest : 0.0f;
+        int8_t integers[GROUP];
         int32_t sum = 0, low_sum = 0;
-        for (size_t i = 0; i < GROUP; i++) {
-            int32_t integer = int32_t(bits_of(from[i] * factor + EXP_MAGIC) - bits_of(EXP_MAGIC));
-            int32_t upper = IS_OUTLIER ? (integer + 128) >> 8 : integer;
-            to_high[i] = int8_t(upper);
-            if (IS_OUTLIER) to_low[i] = int8_t(integer - upper * 256), low_sum += to_low[i];
-            sum += upper;
+        if constexpr (IS_OUTLIER) {
+            for (size_t i = 0; i < GROUP; i++) {
+                const int32_t integer = int32_t(bits_of(from[i] * factor + EXP_MAGIC) - bits_of(EXP_MAGIC));
+                const int32_t upper = (integer + 128) >> 8;
+                integers[i] = int8_t(upper), to_low[i] = int8_t(integer - upper * 256);
+                sum += upper * 256, low_sum += to_low[i];
+            }
+        } else {
+            sum = round_group(from, factor, integers);
         }
-        scales[group] = highest > TINY ? highest / BOTH : 0.0f;
-        sums[group] = 256 * sum;
-        totals[group] = scales[group] * float(sums[group] + low_sum);
+        for (size_t i = 0; i < GROUP; i += 4) __builtin_memcpy(to + i * step, integers + i, 4);
+        scales[at] = highest > TINY ? highest / largest : 0.0f;
+        sums[at] = sum;
+        totals[at] = scales[at] * float(sum + low_sum);
         return low_sum;
     }
 
     // A NaN or an infinity makes all scales of its row NaN.
     void quantize_row(size_t row) const {
+        const size_t step = tile_rows(row), place = row - tile_begin(row), begin = tile_begin(row) * groups + place;
         const float* from = a.x + row * a.in_features;
-        float* highest = scales + row * groups;
         f32x16 squares = broadcast(0.0f), zero = broadcast(0.0f);
         for (size_t g = 0; g < groups; g++) {
             f32x16 left = load(from + g * GROUP), right = load(from + g * GROUP + 16);
             squares = fma(right, right, fma(left, left, squares));
-            highest[g] = maximum(max(max(left, sub(zero, left)), max(right, sub(zero, right))));
+            scales[begin + g * step] = maximum(max(max(left, sub(zero, left)), max(right, sub(zero, right))));
         }
         const float total = sum(squares), limit = OUTLIER * total / float(a.in_features);
         const bool finite = total < __builtin_inff();
+        int8_t *to = high + tile_begin(row) * a.in_features + place * 4, *to_low = low + row * a.in_features;
         uint32_t count = 0;
-        for (size_t g = 0; g < groups; g++, from += GROUP) {
-            const size_t group = row * groups + g;
-            const float largest = finite ? scales[group] : 0.0f;
+        for (size_t g = 0, at = begin; g < groups; g++, at += step, from += GROUP, to += GROUP * step, to_low += GROUP) {
+            const float largest = finite ? scales[at] : 0.0f;
             if (largest * largest > limit) {
-                outliers[row * groups + count++] = {uint32_t(g), quantize_group<true>(from, group, largest)};
+                outliers[row * groups + count++] = {uint32_t(g), quantize_group<true>(from, at, largest, to, step, to_low)};
             } else {
-                quantize_group<false>(from, group, largest);
+                quantize_group<false>(from, at, largest, to, step, to_low);
             }
-            if (!finite) scales[group] = __builtin_nanf("");  // enough: every output has a product with it
+            if (!finite) scales[at] = __builtin_nanf("");  // enough: every output has a product with it
         }
         counts[row] = count;
     }
@@ -128,86 +140,124 @@ struct Quantized {
             for_row_groups<4>(first[0], first[1], [&](size_t i, auto count) {
                 constexpr int R = decltype(count)::value;
                 const int8_t* x[R];
-                i32x16 sum[R];
+                const uint8_t* const group[1] = {w};
+                i32x16 sum[1][R];
                 for (int r = 0; r < R; r++) x[r] = low + (of.row_begin + of.rows[i + r]) * a.in_features + g * GROUP;
-                for (int r = 0; r < R; r++) sum[r] = no_sum();
-                Weights::add_low(w, [&](int r) { return x[r]; }, sum);
+                for (int r = 0; r < R; r++) sum[0][r] = no_sum();
+                Weights::add_low(group, [&](int r, size_t k) { return x[r] + k; }, sum);
                 for (int r = 0; r < R; r++)
-                    products[of.places[i + r]] = Weights::BITS == 8 ? minus(sum[r], 128 * of.sums[i + r]) : sum[r];
+                    products[of.places[i + r]] = Weights::BITS == 8 ? minus(sum[0][r], 128 * of.sums[i + r]) : sum[0][r];
             });
         }
     }
 
-    // acc [R, 16] += a block of K, of R rows and a panel, w: its weights. A function of its own: whatever else is here costs it
-    // registers.
+    // out [R, 16] of each of P panels, or 0 at first, += a block of K; w: the panels' weights. A function of its own: whatever
+    // else is here costs it registers.
     template <class Weights, int R>
-    __attribute__((noinline)) void add_groups(float* acc, size_t row, size_t panel, const uint8_t* w,
+    __attribute__((noinline)) void add_groups(float* const (&out)[Weights::PANELS], size_t next_out, size_t row, const size_t (&panels)[Weights::PANELS],
+                                              const uint8_t* const (&weights)[Weights::PANELS],
                                               const Outliers<Weights::ROWS>& of, const i32x16* low_products) const {
+        constexpr int P = Weights::PANELS;
+        constexpr bool IS_TILE = INTERLEAVED > 1;
+        const size_t next_row = IS_TILE ? 1 : groups, next_group = IS_TILE ? R : 1;  // in scales, totals and sums
         const uint8_t* has_outlier = of.of_tile[(row - of.row_begin) / Weights::ROWS];
         const i32x16* low_sum[R];
-        f32x16 total[R];
+        const uint8_t* w[P];
+        f32x16 total[P][R];
+        for (int p = 0; p < P; p++) w[p] = weights[p];
         for (int r = 0; r < R; r++) low_sum[r] = low_products + of.of_row[row - of.row_begin + r];
-        for (int r = 0; r < R; r++) total[r] = load(acc + r * 16);
-        for (size_t g = of.begin; g < of.end; g++, w += Weights::GROUP_BYTES) {
-            const size_t group = row * groups + g;
-            i32x16 sum[R];
-            for (int r = 0; r < R; r++) sum[r] = no_sum();
-            const int8_t* x = high + row * a.in_features + g * GROUP;
-            Weights::add_high(w, [x, stride = a.in_features](int r) { return x + r * stride; }, sum);
+        for (int p = 0; p < P; p++)
+            for (int r = 0; r < R; r++) total[p][r] = of.begin ? load(out[p] + r * next_out) : broadcast(0.0f);
+        for (size_t g = of.begin; g < of.end; g++) {
+            const size_t at = row * groups + g * next_group;
+            i32x16 sum[P][R];
+            for (int p = 0; p < P; p++)
+                for (int r = 0; r < R; r++) sum[p][r] = no_sum();
+            Weights::add_high(w, [x = high + at * GROUP, next = a.in_features](int r, size_t k) {
+                return IS_TILE ? x + k * R + r * 4 : x + r * next + k;
+            }, sum);
+            for (int p = 0; p < P; p++) w[p] += Weights::GROUP_BYTES;
             if (const unsigned rows = has_outlier[g - of.begin])
                 for (int r = 0; r < R; r++)
-                    if (rows >> r & 1) sum[r] = plus(sum[r], *low_sum[r]++);
-            const f32x16 scale = load_f16(a.scales + (panel * groups + g) * 16);
-            for (int r = 0; r < R; r++) {
-                if (Weights::BITS == 8 && !Weights::SIGNED) sum[r] = minus(sum[r], 128 * sums[group + r * groups]);
-                total[r] = fma(to_float(sum[r]), mul(broadcast(scales[group + r * groups]), scale), total[r]);
+                    if (rows >> r & 1) {
+                        for (int p = 0; p < P; p++)
+                            sum[p][r] = plus(times_256(sum[p][r]), low_sum[r][p * ROW_BLOCK * BLOCK_GROUPS]);
+                        low_sum[r]++;
+                    }
+            for (int p = 0; p < P; p++) {
+                const f32x16 scale = load_f16(a.scales + (panels[p] * groups + g) * 16);
+                for (int r = 0; r < R; r++) {
+                    if (Weights::BITS == 8 && !Weights::SIGNED) sum[p][r] = minus(sum[p][r], 128 * sums[at + r * next_row]);
+                    total[p][r] = fma(to_float(sum[p][r]), mul(broadcast(scales[at + r * next_row]), scale), total[p][r]);
+                }
+                if (Weights::BITS == 8) continue;
+                const f32x16 lowest = load_f16(a.minima + (panels[p] * groups + g) * 16);
+                for (int r = 0; r < R; r++) total[p][r] = fma(broadcast(totals[at + r * next_row]), lowest, total[p][r]);
             }
-            if (Weights::BITS == 8) continue;
-            const f32x16 lowest = load_f16(a.minima + (panel * groups + g) * 16);
-            for (int r = 0; r < R; r++) total[r] = fma(broadcast(totals[group + r * groups]), lowest, total[r]);
         }
-        for (int r = 0; r < R; r++) store(acc + r * 16, total[r]);
+        for (int p = 0; p < P; p++)
+            for (int r = 0; r < R; r++) store(out[p] + r * next_out, total[p][r]);
     }
 
-    // A block of K that does not begin at 0 goes on with what is in out.
+    // A block of K that does not begin at 0 goes on with what is in out. A panel of fewer than 16 columns is computed beside it.
     template <class Weights, int R>
-    void tile(size_t row, size_t panel, const uint8_t* w, const Outliers<Weights::ROWS>& of, const i32x16* low_products) const {
-        const size_t column = panel * 16, width = a.out_features - column;
-        float* out = a.out + row * a.out_features + column;
-        alignas(64) float acc[R * 16];
-        for (int r = 0; r < R; r++) store(acc + r * 16, of.begin ? load_part(out + r * a.out_features, width) : broadcast(0.0f));
-        add_groups<Weights, R>(acc, row, panel, w, of, low_products);
-        for (int r = 0; r < R; r++) {
-            f32x16 y = load(acc + r * 16);
-            if (of.end == groups && a.bias) y = add(y, load_part(a.bias + column, width));
-            store_part(out + r * a.out_features, y, width);
+    void tile(size_t row, const size_t (&panels)[Weights::PANELS], const uint8_t* const (&w)[Weights::PANELS],
+              const Outliers<Weights::ROWS>& of, const i32x16* low_products) const {
+        constexpr int P = Weights::PANELS;
+        const size_t next = a.out_features, row_out = row * next;
+        float* out[P];
+        for (int p = 0; p < P; p++) out[p] = a.out + row_out + panels[p] * 16;
+        if (panels[P - 1] * 16 + 16 <= next) {
+            add_groups<Weights, R>(out, next, row, panels, w, of, low_products);
+        } else {
+            alignas(64) float room[P][R * 16];
+            float* beside[P];
+            for (int p = 0; p < P; p++) {
+                beside[p] = room[p];
+                for (int r = 0; r < R; r++) store(room[p] + r * 16, load_part(out[p] + r * next, next - panels[p] * 16));
+            }
+            add_groups<Weights, R>(beside, 16, row, panels, w, of, low_products);
+            for (int p = 0; p < P; p++)
+                for (int r = 0; r < R; r++) store_part(out[p] + r * next, load(room[p] + r * 16), next - panels[p] * 16);
         }
+        if (a.bias && of.end == groups)
+            for (int r = 0; r < R; r++)
+                for (size_t n = panels[0] * 16; n < least(panels[P - 1] * 16 + 16, next); n++) a.out[row_out + r * next + n] += a.bias[n];
     }
 
-    // Weights that are unpacked come from memory beside the panel before; what is read as it lies, the processor foresees.
+    // Weights that are unpacked come from memory beside the panels before; what is read as it lies, the processor foresees.
     template <class Weights>
-    void multiply_block(size_t panel, const Outliers<Weights::ROWS>& of, i32x16* low_products) const {
-        alignas(64) uint8_t room[BLOCK_GROUPS * Weights::GROUP_BYTES];
+    void multiply_block(const size_t (&panels)[Weights::PANELS], const Outliers<Weights::ROWS>& of, i32x16* low_products) const {
+        constexpr size_t P = Weights::PANELS;
+        alignas(64) uint8_t room[P][BLOCK_GROUPS * Weights::GROUP_BYTES];
         const size_t bytes = (of.end - of.begin) * Weights::PACKED_BYTES;
-        const uint8_t* packed = a.panels + (panel * groups + of.begin) * Weights::PACKED_BYTES;
-        const uint8_t *w = Weights::unpack(packed, room, bytes), *next = packed + groups * Weights::PACKED_BYTES;
-        const uint8_t* end = next + (w == packed ? 0 : bytes);
-        multiply_low<Weights>(of, w, low_products);
+        const uint8_t *w[P], *next = nullptr, *end = nullptr;
+        for (size_t p = 0; p < P; p++) {
+            const uint8_t* packed = a.panels + (panels[p] * groups + of.begin) * Weights::PACKED_BYTES;
+            w[p] = Weights::unpack(packed, room[p], bytes);
+            multiply_low<Weights>(of, w[p], low_products + p * ROW_BLOCK * BLOCK_GROUPS);
+            if (w[p] != packed) next = packed + groups * Weights::PACKED_BYTES, end = next + bytes;
+        }
         const size_t share = bytes * Weights::ROWS / (of.row_end - of.row_begin) + 64;
         for_row_groups<Weights::ROWS>(of.row_begin, of.row_end, [&](size_t row, auto count) {
             for (const uint8_t* stop = next + share; next < stop && next < end; next += 64) __builtin_prefetch(next);
-            tile<Weights, decltype(count)::value>(row, panel, w, of, low_products);
+            tile<Weights, decltype(count)::value>(row, panels, w, of, low_products);
         });
     }
 
     template <class Weights> void multiply_panels(size_t first, size_t last, size_t row_begin, size_t row_end) const {
-        i32x16 low_products[ROW_BLOCK * BLOCK_GROUPS];
+        constexpr size_t P = Weights::PANELS;
+        i32x16 low_products[P * ROW_BLOCK * BLOCK_GROUPS];
         Outliers<Weights::ROWS> of;
         of.row_begin = row_begin, of.row_end = row_end;
         for (of.begin = 0; of.begin < groups; of.begin = of.end) {
             of.end = least(of.begin + BLOCK_GROUPS, groups);
             sort_outliers(of);
-            for (size_t panel = first; panel < last; panel++) multiply_block<Weights>(panel, of, low_products);
+            for (size_t panel = first; panel < last; panel += P) {
+                size_t panels[P];  // the last one twice, where one is missing
+                for (size_t p = 0; p < P; p++) panels[p] = least(panel + p, last - 1);
+                multiply_block<Weights>(panels, of, low_products);
+            }
         }
     }
 
