@@ -9,7 +9,7 @@
 // by the value's scale and then by the integers.
 namespace {
 
-constexpr size_t TILE = 48;   // query vectors that share one pass over the keys
+constexpr size_t TILE = 96;   // query vectors that share one pass over the keys
 constexpr size_t CHUNK = 64;  // keys per softmax update: part of the result's definition
 
 // `count` query vectors of a request from `vector` on, for `heads` kv heads from `head` on.

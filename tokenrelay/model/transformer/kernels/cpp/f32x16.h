@@ -67,6 +67,7 @@ TR_INLINE f32x16 sub(f32x16 a, f32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 TR_INLINE f32x16 mul(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 TR_INLINE f32x16 div(f32x16 a, f32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 TR_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+TR_INLINE f32x16 min(f32x16 a, f32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 TR_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 TR_INLINE f32x16 times_power_of_two(f32x16 a, f32x16 rounded) {
     __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(rounded.v), 23);
@@ -118,6 +119,7 @@ TR_INLINE f32x16 sub(f32x16 a, f32x16 b) { return {_mm256_sub_ps(a.lo, b.lo), _m
 TR_INLINE f32x16 mul(f32x16 a, f32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 TR_INLINE f32x16 div(f32x16 a, f32x16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 TR_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+TR_INLINE f32x16 min(f32x16 a, f32x16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 TR_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
@@ -156,6 +158,9 @@ TR_INLINE f32x16 mul(const f32x16& a, const f32x16& b) { return each([&](int i) 
 TR_INLINE f32x16 div(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
 TR_INLINE f32x16 max(const f32x16& a, const f32x16& b) {  // the second one if either is NaN, as x86 does
     return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+TR_INLINE f32x16 min(const f32x16& a, const f32x16& b) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
 TR_INLINE f32x16 fma(const f32x16& a, const f32x16& b, const f32x16& c) {
     return each([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
@@ -208,12 +213,6 @@ TR_INLINE void store_part(float* p, f32x16 a, size_t n) {
     float lanes[16];
     store(lanes, a);
     for (size_t i = 0; i < n; i++) p[i] = lanes[i];
-}
-
-// The second one if either is NaN, as with max.
-TR_INLINE f32x16 min(f32x16 a, f32x16 b) {
-    const f32x16 zero = broadcast(0.0f);
-    return sub(zero, max(sub(zero, a), sub(zero, b)));
 }
 
 // e^x within 2 ulp on [-87, 88]: exactly 0 below, capped above, exactly 1 at 0.

@@ -9,6 +9,15 @@ template <bool SHUFFLED = false, int R, int P, class W>
 TR_INLINE void multiply(f32x16 (&acc)[R][P], const float* x, size_t x_stride, const W* const (&w)[P], size_t w_stride,
                         size_t steps) {
     for (size_t k = 0; k < steps; k++) {
+        if constexpr (REGISTERS == 32) {  // room for a column of each panel: x is read once for all
+            f32x16 column[P];
+            for (int p = 0; p < P; p++) column[p] = SHUFFLED ? load_shuffled(w[p] + k * w_stride) : load(w[p] + k * w_stride);
+            for (int r = 0; r < R; r++) {
+                const f32x16 all = broadcast(x[r * x_stride + k]);
+                for (int p = 0; p < P; p++) acc[r][p] = fma(all, column[p], acc[r][p]);
+            }
+            continue;
+        }
         for (int p = 0; p < P; p++) {
             const f32x16 column = SHUFFLED ? load_shuffled(w[p] + k * w_stride) : load(w[p] + k * w_stride);
             for (int r = 0; r < R; r++) acc[r][p] = fma(broadcast(x[r * x_stride + k]), column, acc[r][p]);

@@ -104,7 +104,11 @@ struct Quantized {
     }
 
     void quantize() const {
-        parallel_rows(a.rows, a.in_features, [&](size_t row) { quantize_row(row); });
+        const size_t tiles = (a.rows + INTERLEAVED - 1) / INTERLEAVED;  // a thread writes whole ones: their rows share cache lines
+        parallel_rows(tiles, INTERLEAVED * a.in_features, [&](size_t tile) {
+            const size_t end = least((tile + 1) * INTERLEAVED, a.rows);
+            for (size_t row = tile * INTERLEAVED; row < end; row++) quantize_row(row);
+        });
     }
 
     // f(group in the block, sum of low halves) for a row's outliers in a block of K.
@@ -225,27 +229,31 @@ struct Quantized {
                 for (size_t n = panels[0] * 16; n < least(panels[P - 1] * 16 + 16, next); n++) a.out[row_out + r * next + n] += a.bias[n];
     }
 
-    // Weights that are unpacked come from memory beside the panels before; what is read as it lies, the processor foresees.
+    // Weights that are unpacked come from memory, panels that lie so far ahead, beside these; what is read as it lies, the
+    // processor foresees.
     template <class Weights>
-    void multiply_block(const size_t (&panels)[Weights::PANELS], const Outliers<Weights::ROWS>& of, i32x16* low_products) const {
+    void multiply_block(const size_t (&panels)[Weights::PANELS], size_t ahead, const Outliers<Weights::ROWS>& of,
+                        i32x16* low_products) const {
         constexpr size_t P = Weights::PANELS;
         alignas(64) uint8_t room[P][BLOCK_GROUPS * Weights::GROUP_BYTES];
         const size_t bytes = (of.end - of.begin) * Weights::PACKED_BYTES;
-        const uint8_t *w[P], *next = nullptr, *end = nullptr;
+        const uint8_t *packed[P], *w[P];
         for (size_t p = 0; p < P; p++) {
-            const uint8_t* packed = a.panels + (panels[p] * groups + of.begin) * Weights::PACKED_BYTES;
-            w[p] = Weights::unpack(packed, room[p], bytes);
+            packed[p] = a.panels + (panels[p] * groups + of.begin) * Weights::PACKED_BYTES;
+            w[p] = Weights::unpack(packed[p], room[p], bytes);
             multiply_low<Weights>(of, w[p], low_products + p * ROW_BLOCK * BLOCK_GROUPS);
-            if (w[p] != packed) next = packed + groups * Weights::PACKED_BYTES, end = next + bytes;
         }
         const size_t share = bytes * Weights::ROWS / (of.row_end - of.row_begin) + 64;
+        size_t fetched = 0, wanted = ahead && w[0] != packed[0] ? bytes : 0;
         for_row_groups<Weights::ROWS>(of.row_begin, of.row_end, [&](size_t row, auto count) {
-            for (const uint8_t* stop = next + share; next < stop && next < end; next += 64) __builtin_prefetch(next);
+            for (const size_t stop = least(fetched + share, wanted); fetched < stop; fetched += 64)
+                for (size_t p = 0; p < P; p++) __builtin_prefetch(packed[p] + ahead * groups * Weights::PACKED_BYTES + fetched);
             tile<Weights, decltype(count)::value>(row, panels, w, of, low_products);
         });
     }
 
-    template <class Weights> void multiply_panels(size_t first, size_t last, size_t row_begin, size_t row_end) const {
+    template <class Weights>
+    void multiply_panels(size_t first, size_t last, size_t ahead, size_t row_begin, size_t row_end) const {
         constexpr size_t P = Weights::PANELS;
         i32x16 low_products[P * ROW_BLOCK * BLOCK_GROUPS];
         Outliers<Weights::ROWS> of;
@@ -256,7 +264,7 @@ struct Quantized {
             for (size_t panel = first; panel < last; panel += P) {
                 size_t panels[P];  // the last one twice, where one is missing
                 for (size_t p = 0; p < P; p++) panels[p] = least(panel + p, last - 1);
-                multiply_block<Weights>(panels, of, low_products);
+                multiply_block<Weights>(panels, ahead, of, low_products);
             }
         }
     }
@@ -265,11 +273,13 @@ struct Quantized {
         const size_t panel_count = (a.out_features + 15) / 16, row_blocks = (a.rows + ROW_BLOCK - 1) / ROW_BLOCK;
         const size_t panel_groups = (panel_count + PANEL_GROUP - 1) / PANEL_GROUP;
         parallel_for(panel_groups * row_blocks, [&](size_t task) {
-            size_t first = task / row_blocks * PANEL_GROUP, last = least(first + PANEL_GROUP, panel_count);
-            size_t row_begin = task % row_blocks * ROW_BLOCK, row_end = least(row_begin + ROW_BLOCK, size_t(a.rows));
-            if (a.bits == 8) multiply_panels<EightBits>(first, last, row_begin, row_end);
-            else if (row_end - row_begin < ROWS_TO_SPREAD) multiply_panels<FourBits>(first, last, row_begin, row_end);
-            else multiply_panels<Spread>(first, last, row_begin, row_end);
+            const size_t first = task / row_blocks * PANEL_GROUP, last = least(first + PANEL_GROUP, panel_count);
+            const size_t next = (task + tr_num_threads()) / row_blocks * PANEL_GROUP;  // this thread's, if tasks take turns
+            const size_t ahead = next < panel_count ? next - first : 0;
+            const size_t begin = task % row_blocks * ROW_BLOCK, end = least(begin + ROW_BLOCK, size_t(a.rows));
+            if (a.bits == 8) multiply_panels<EightBits>(first, last, ahead, begin, end);
+            else if (end - begin < ROWS_TO_SPREAD) multiply_panels<FourBits>(first, last, ahead, begin, end);
+            else multiply_panels<Spread>(first, last, ahead, begin, end);
         });
     }
 };
