@@ -253,7 +253,7 @@ struct Quantized {
     }
 
     template <class Weights>
-    void multiply_panels(size_t first, size_t last, size_t ahead, size_t row_begin, size_t row_end) const {
+    void multiply_panels(size_t first, size_t last, size_t next, size_t row_begin, size_t row_end) const {
         constexpr size_t P = Weights::PANELS;
         i32x16 low_products[P * ROW_BLOCK * BLOCK_GROUPS];
         Outliers<Weights::ROWS> of;
@@ -262,6 +262,7 @@ struct Quantized {
             of.end = least(of.begin + BLOCK_GROUPS, groups);
             sort_outliers(of);
             for (size_t panel = first; panel < last; panel += P) {
+                const size_t after = panel + P < last ? panel + P : next, ahead = after < panel_count() ? after - panel : 0;
                 size_t panels[P];  // the last one twice, where one is missing
                 for (size_t p = 0; p < P; p++) panels[p] = least(panel + p, last - 1);
                 multiply_block<Weights>(panels, ahead, of, low_products);
@@ -269,17 +270,20 @@ struct Quantized {
         }
     }
 
+    size_t panel_count() const { return (a.out_features + 15) / 16; }
+
+    // Sorting a block's outliers is done once per task: tasks are larger where there are more of them than threads need.
     void multiply_all() const {
-        const size_t panel_count = (a.out_features + 15) / 16, row_blocks = (a.rows + ROW_BLOCK - 1) / ROW_BLOCK;
-        const size_t panel_groups = (panel_count + PANEL_GROUP - 1) / PANEL_GROUP;
-        parallel_for(panel_groups * row_blocks, [&](size_t task) {
-            const size_t first = task / row_blocks * PANEL_GROUP, last = least(first + PANEL_GROUP, panel_count);
-            const size_t next = (task + tr_num_threads()) / row_blocks * PANEL_GROUP;  // this thread's, if tasks take turns
-            const size_t ahead = next < panel_count ? next - first : 0;
+        const size_t threads = tr_num_threads(), row_blocks = (a.rows + ROW_BLOCK - 1) / ROW_BLOCK;
+        const size_t pairs = (panel_count() + PANEL_GROUP - 1) / PANEL_GROUP * row_blocks;
+        const size_t step = PANEL_GROUP * least(pairs / (16 * threads) + 1, 4);
+        parallel_for((panel_count() + step - 1) / step * row_blocks, [&](size_t task) {
+            const size_t first = task / row_blocks * step, last = least(first + step, panel_count());
+            const size_t next = (task + threads) / row_blocks * step;  // this thread's, if tasks take turns
             const size_t begin = task % row_blocks * ROW_BLOCK, end = least(begin + ROW_BLOCK, size_t(a.rows));
-            if (a.bits == 8) multiply_panels<EightBits>(first, last, ahead, begin, end);
-            else if (end - begin < ROWS_TO_SPREAD) multiply_panels<FourBits>(first, last, ahead, begin, end);
-            else multiply_panels<Spread>(first, last, ahead, begin, end);
+            if (a.bits == 8) multiply_panels<EightBits>(first, last, next, begin, end);
+            else if (end - begin < ROWS_TO_SPREAD) multiply_panels<FourBits>(first, last, next, begin, end);
+            else multiply_panels<Spread>(first, last, next, begin, end);
         });
     }
 };
