@@ -11,7 +11,7 @@ from torch import Tensor
 GROUP = 32
 LARGEST = 127
 LARGEST_4_BITS = 15
-_CHUNK = 1 << 9  # groups rounded at once: they fit the cache
+_CHUNK = 31 << 5  # groups rounded at once: in fp32 just less than the blocks that are mapped while loading (``heap``)
 
 
 class Quantized(NamedTuple):

@@ -22,9 +22,9 @@ from tokenrelay.model.weights.gguf.metadata import GGUFMetadata, read_gguf_metad
 from tokenrelay.model.weights.gguf.quantized import NOT_QUANTIZED, TAKEN_APART, quantized_from
 from tokenrelay.model.weights.gguf.rules import gguf_rules
 
-# Elements dequantized at once: they fit the cache, a call per row would cost four times as much, and torch does not
-# split so few among threads, which on a busy machine wait for each other.
-_CHUNK = 1 << 15
+# Elements dequantized at once: in fp32 just less than the blocks that are mapped one by one while loading (``heap``). A
+# call per row would cost four times as much, and torch does not split so few among threads, which wait for each other.
+_CHUNK = 31 << 10
 _values = np.errstate(all="ignore")(dequantize)  # a scale that is no number is passed on as it is
 
 Bytes = npt.NDArray[np.uint8]
