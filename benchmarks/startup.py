@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-_PROC = Path("/proc")
+import psutil
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def started(options: list[str]) -> tuple[float, float]:
                     log.seek(0)
                     sys.exit(f"the server ended:\n{log.read()}")
                 time.sleep(0.02)
-            return time.perf_counter() - start, sum(map(_proportional_bytes, _family(server.pid))) / 1e6
+            return time.perf_counter() - start, _bytes_of_family(server.pid) / 1e6
         finally:
             server.terminate()
             server.wait()
@@ -68,18 +68,10 @@ def _is_ready(port: int) -> bool:
         return False
 
 
-def _family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
-    children = (_PROC / str(pid) / "task").glob("*/children")
-    pids = [int(child) for listed in children for child in listed.read_text().split()]
-    return [pid, *(descendant for child in pids for descendant in _family(child))]
-
-
-def _proportional_bytes(pid: int) -> int:
-    """A process's share: pages of several count for each by a part."""
-    rollup = (_PROC / str(pid) / "smaps_rollup").read_text()
-    [line] = [line for line in rollup.splitlines() if line.startswith("Pss:")]
-    return int(line.split()[1]) << 10
+def _bytes_of_family(pid: int) -> int:
+    """Of a process and all that descend from it; pages of several count for each by a part."""
+    server = psutil.Process(pid)
+    return sum(process.memory_full_info().pss for process in [server, *server.children(recursive=True)])
 
 
 if __name__ == "__main__":

@@ -71,8 +71,7 @@ def _nearest(groups: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_to_4_bits(weight: Tensor) -> Quantized:
     """Integers, scales and minima of a small squared error, searched for group by group."""
     chunks = torch.split(weight.detach().reshape(-1, GROUP), _CHUNK)
-    rounded = [(one[0].to(torch.uint8), *one[1:]) for one in map(_searched, chunks)]
-    integers, scales, minima = (torch.cat(parts) for parts in zip(*rounded, strict=True))
+    integers, scales, minima = (torch.cat(parts) for parts in zip(*map(_searched, chunks), strict=True))
     rows = weight.shape[0]
     return Quantized(integers.view(weight.shape), scales.view(rows, -1), minima.view(rows, -1))
 
@@ -96,7 +95,8 @@ def _searched(groups: Tensor) -> Rounded:
             found = _rounded(groups, *_line_through(groups, found[0]))
             better = _error(groups, *found) < _error(groups, *best)
             best = _where(better, found, best)
-    return best
+    integers, scale, minimum = best
+    return integers.to(torch.uint8), scale, minimum
 
 
 def _rounded(groups: Tensor, scale: Tensor, minimum: Tensor) -> Rounded:

@@ -108,17 +108,19 @@ def _weight_only(weight: Tensor | Quantized, bias: Tensor | None) -> PackedLinea
 
 
 def _in_4(weight: Tensor | Quantized, bias: Tensor | None) -> QuantizedLinear:
-    if isinstance(weight, Quantized):
-        weight = weight if weight.bits == 4 else quantize_to_4_bits(weight.dequantized())
-    else:
-        weight = quantize_to_4_bits(weight)
-    return QuantizedLinear(weight, bias)
+    return QuantizedLinear(_in_4_bits(weight), bias)
 
 
 def _in_8_bits(weight: Tensor | Quantized) -> Quantized:
     if isinstance(weight, Quantized):
         return weight if weight.bits == 8 else quantize(weight.dequantized())
     return quantize(weight)
+
+
+def _in_4_bits(weight: Tensor | Quantized) -> Quantized:
+    if isinstance(weight, Quantized):
+        return weight if weight.bits == 4 else quantize_to_4_bits(weight.dequantized())
+    return quantize_to_4_bits(weight)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -46,9 +46,9 @@ class PackedLinear(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W by their numbers: [T] -> [T, K]."""
         values = reference.panel_rows(self.weight, ids)
-        return (
-            values if self.scales is None else Quantized(values, reference.panel_rows(self.scales, ids)).dequantized()
-        )
+        if self.scales is None:
+            return values
+        return Quantized(values, reference.panel_rows(self.scales, ids)).dequantized()
 
 
 class QuantizedLinear(nn.Module):
