@@ -20,7 +20,7 @@ template <class W> struct AttentionTile {
     const AttentionParams& a;
     const int32_t* blocks;
     size_t kv_head, dim, padded, block_size;
-    float q[TILE * MAX_HEAD_DIM];
+    float q[TILE * MAX_HEAD_DIM];  // rows so far apart whatever dim is: a constant needs no register
     float acc[TILE * MAX_HEAD_DIM];  // lanes in the order of load_shuffled
     float scores[TILE * CHUNK];
     float wide_keys[MAX_HEAD_DIM * CHUNK], wide_values[CHUNK * MAX_HEAD_DIM];  // of one chunk, as float
@@ -58,10 +58,11 @@ template <class W> struct AttentionTile {
 
     // Many vectors read the same chunk: what is narrow becomes float once, not once per group of rows.
     void widen_chunk(size_t start, size_t to) {
+        const size_t dims = dim, step = block_size, width = padded;  // what is stored might be these, for all the compiler knows
         for (size_t key = 0; key < to; key += 16) {
             const W *k = keys(start + key), *v = values(start + key);
-            for (size_t d = 0; d < dim; d++) store(wide_keys + d * CHUNK + key, load(k + d * block_size));
-            for (size_t i = 0; i < 16 * padded; i += 16) store(wide_values + key * padded + i, load_shuffled(v + i));
+            for (size_t d = 0; d < dims; d++) store(wide_keys + d * CHUNK + key, load(k + d * step));
+            for (size_t i = 0; i < 16 * width; i += 16) store(wide_values + key * width + i, load_shuffled(v + i));
         }
     }
 
@@ -73,11 +74,11 @@ template <class W> struct AttentionTile {
         if constexpr (WIDE) {
             const float* k[P];
             for (int p = 0; p < P; p++) k[p] = wide_keys + key + p * 16;
-            multiply(s, q + row * dim, dim, k, CHUNK, dim);
+            multiply(s, q + row * MAX_HEAD_DIM, MAX_HEAD_DIM, k, CHUNK, dim);
         } else {
             const W* k[P];
             for (int p = 0; p < P; p++) k[p] = keys(start + key + p * 16);
-            multiply<true>(s, q + row * dim, dim, k, block_size, dim);
+            multiply<true>(s, q + row * MAX_HEAD_DIM, MAX_HEAD_DIM, k, block_size, dim);
             for (int r = 0; r < R; r++)
                 for (int p = 0; p < P; p++) s[r][p] = in_order(s[r][p], k[p]);
         }
@@ -123,11 +124,14 @@ template <class W> struct AttentionTile {
             float* sums = acc + row * padded;
             for (size_t d = 0; d < padded; d += 16) store(sums + d, mul(load(sums + d), factor));
         }
+        const f32x16 highest_now = broadcast(highest[row]);
+        f32x16 sum = total[row];
         for (size_t i = 0; i < CHUNK; i += 16) {
-            f32x16 weight = exp(sub(load(s + i), broadcast(highest[row])));
+            const f32x16 weight = exp(sub(load(s + i), highest_now));
             store(s + i, weight);
-            total[row] = add(total[row], weight);
+            sum = add(sum, weight);
         }
+        total[row] = sum;
     }
 
     template <int R> void scale_weights(size_t row, size_t start, size_t from, size_t to) {
@@ -212,7 +216,7 @@ template <class W> struct AttentionTile {
         };
         auto load_queries = [&](const float* from) {
             for (size_t r = 0; r < rows; r++)
-                for (size_t d = 0, at = offset(r); d < dim; d++) q[r * dim + d] = from[at + d] * a.scale;
+                for (size_t d = 0, at = offset(r); d < dim; d++) q[r * MAX_HEAD_DIM + d] = from[at + d] * a.scale;
         };
         for (size_t r = 0; r < rows; r++) {
             const float sink = a.sink_logits ? a.sink_logits[query_head(r)] : -__builtin_inff(), one = 1.0f;
