@@ -11,7 +11,8 @@ namespace {
 constexpr int REGISTERS = 32, MAX_ROWS = 8, QUANTIZED_ROWS = 6, QUANTIZED_PANELS = 2;
 constexpr int panels_for(int rows) { return rows <= 2 ? 4 : 2; }
 #elif defined(__x86_64__) && !defined(TR_AVX2)
-constexpr int REGISTERS = 16, MAX_ROWS = 2, QUANTIZED_ROWS = 2, QUANTIZED_PANELS = 1;  // portable on x86 is only the tests' yardstick: compile little
+// Portable on x86 is only the tests' yardstick: compile little.
+constexpr int REGISTERS = 16, MAX_ROWS = 2, QUANTIZED_ROWS = 2, QUANTIZED_PANELS = 1;
 constexpr int panels_for(int) { return 1; }
 #else
 constexpr int REGISTERS = 16, MAX_ROWS = 6, QUANTIZED_ROWS = 3, QUANTIZED_PANELS = 1;

@@ -2,8 +2,7 @@
 //
 // Within a group the products are summed as integers, which is exact in any order; then, groups ascending,
 //   acc = fma(sum, x_scale * w_scale, acc), and acc = fma(x_scale * sum of x, minimum, acc) where weights have one;
-// and + bias at the end. So a row's bits depend on nothing but the row, whatever
-// instructions do the sums.
+// and + bias at the end. So a row's bits depend on nothing but the row, whatever instructions do the sums.
 //
 // An activation is 256 * high + low. Most groups have only the high half; a group far above the row's mean would drown
 // the rest of the output in its rounding, so it has both. (the outliers of LLM.int8(), by group instead of by column)
@@ -13,7 +12,8 @@ constexpr float HIGH = 127.0f, BOTH = 127.0f * 256.0f;  // the largest integers
 constexpr float OUTLIER = 36.0f;  // largest element squared, over the row's mean square
 constexpr float TINY = 1e-24f;    // below, a group counts as zero: its factor would overflow, its products lose bits
 
-constexpr size_t BLOCK_GROUPS = 48 / QUANTIZED_PANELS;  // of K at a time: spread out 24 KiB, in the first cache with the rows' activations
+// Of K at a time: spread out 24 KiB, in the first cache with the rows' activations.
+constexpr size_t BLOCK_GROUPS = 48 / QUANTIZED_PANELS;
 
 // So many rows' activations lie interleaved, as their tile reads them: four of each row, or a scale of each row, after each other.
 constexpr size_t INTERLEAVED = QUANTIZED_PANELS > 1 ? QUANTIZED_ROWS : 1;
@@ -50,11 +50,13 @@ struct Quantized {
           counts((uint32_t*)(outliers + a.rows * groups)), high((int8_t*)(counts + a.rows)),
           low(high + a.rows * a.in_features) {}
 
+    size_t panel_count() const { return (a.out_features + 15) / 16; }
+
     // Rows that lie interleaved are a tile: all of INTERLEAVED, or what is left at the end.
     size_t tile_begin(size_t row) const { return row / INTERLEAVED * INTERLEAVED; }
     size_t tile_rows(size_t row) const { return INTERLEAVED == 1 ? 1 : least(INTERLEAVED, a.rows - tile_begin(row)); }
 
-    // Integers x * (largest integer / max |x|), rounded to even, to every `step`th four bytes. Returns the sum of their low halves.
+    // Integers x * (largest integer / max |x|), rounded to even, to every `step`th four bytes; returns the sum of low halves.
     template <bool IS_OUTLIER>
     int32_t quantize_group(const float* from, size_t at, float highest, int8_t* to, size_t step, int8_t* to_low) const {
         const float largest = IS_OUTLIER ? BOTH : HIGH, factor = highest > TINY ? largest / highest : 0.0f;
@@ -104,7 +106,7 @@ struct Quantized {
     }
 
     void quantize() const {
-        const size_t tiles = (a.rows + INTERLEAVED - 1) / INTERLEAVED;  // a thread writes whole ones: their rows share cache lines
+        const size_t tiles = (a.rows + INTERLEAVED - 1) / INTERLEAVED;  // one thread for each: their rows share cache lines
         parallel_rows(tiles, INTERLEAVED * a.in_features, [&](size_t tile) {
             const size_t end = least((tile + 1) * INTERLEAVED, a.rows);
             for (size_t row = tile * INTERLEAVED; row < end; row++) quantize_row(row);
@@ -158,7 +160,8 @@ struct Quantized {
     // out [R, 16] of each of P panels, or 0 at first, += a block of K; w: the panels' weights. A function of its own: whatever
     // else is here costs it registers.
     template <class Weights, int R>
-    __attribute__((noinline)) void add_groups(float* const (&out)[Weights::PANELS], size_t next_out, size_t row, const size_t (&panels)[Weights::PANELS],
+    __attribute__((noinline)) void add_groups(float* const (&out)[Weights::PANELS], size_t next_out, size_t row,
+                                              const size_t (&panels)[Weights::PANELS],
                                               const uint8_t* const (&weights)[Weights::PANELS],
                                               const Outliers<Weights::ROWS>& of, const i32x16* low_products) const {
         constexpr int P = Weights::PANELS;
@@ -224,9 +227,10 @@ struct Quantized {
             for (int p = 0; p < P; p++)
                 for (int r = 0; r < R; r++) store_part(out[p] + r * next, load(room[p] + r * 16), next - panels[p] * 16);
         }
-        if (a.bias && of.end == groups)
-            for (int r = 0; r < R; r++)
-                for (size_t n = panels[0] * 16; n < least(panels[P - 1] * 16 + 16, next); n++) a.out[row_out + r * next + n] += a.bias[n];
+        if (!a.bias || of.end < groups) return;
+        const size_t end = least(panels[P - 1] * 16 + 16, next);
+        for (int r = 0; r < R; r++)
+            for (size_t n = panels[0] * 16; n < end; n++) a.out[row_out + r * next + n] += a.bias[n];
     }
 
     // Weights that are unpacked come from memory, panels that lie so far ahead, beside these; what is read as it lies, the
@@ -269,8 +273,6 @@ struct Quantized {
             }
         }
     }
-
-    size_t panel_count() const { return (a.out_features + 15) / 16; }
 
     // Sorting a block's outliers is done once per task: tasks are larger where there are more of them than threads need.
     void multiply_all() const {
