@@ -11,7 +11,7 @@ from torch import Tensor
 GROUP = 32
 LARGEST = 127
 LARGEST_4_BITS = 15
-_CHUNK = 31 << 5  # groups rounded at once: in fp32 just less than the blocks that are mapped while loading (``heap``)
+CHUNK = 31 << 10  # elements converted at once: in fp32 just less than what is mapped while loading (``heap``)
 
 
 class Quantized(NamedTuple):
@@ -54,7 +54,7 @@ def can_quantize(shape: torch.Size) -> bool:
 
 def quantize(weight: Tensor) -> Quantized:
     """The nearest 8-bit integers: the largest of a group becomes 127 or -127. Scales are fp16, rounded first."""
-    chunks = torch.split(weight.detach().reshape(-1, GROUP), _CHUNK)
+    chunks = torch.split(weight.detach().reshape(-1, GROUP), CHUNK // GROUP)
     integers, scales = (torch.cat(parts) for parts in zip(*map(_nearest, chunks), strict=True))
     return Quantized(integers.view(weight.shape), scales.view(weight.shape[0], -1))
 
@@ -70,7 +70,7 @@ def _nearest(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_to_4_bits(weight: Tensor) -> Quantized:
     """Integers, scales and minima of a small squared error, searched for group by group."""
-    chunks = torch.split(weight.detach().reshape(-1, GROUP), _CHUNK)
+    chunks = torch.split(weight.detach().reshape(-1, GROUP), CHUNK // GROUP)
     integers, scales, minima = (torch.cat(parts) for parts in zip(*map(_searched, chunks), strict=True))
     rows = weight.shape[0]
     return Quantized(integers.view(weight.shape), scales.view(rows, -1), minima.view(rows, -1))

@@ -15,16 +15,13 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from tokenrelay.model.config import ModelConfig
-from tokenrelay.model.quantized import GROUP, Quantized, quantize
+from tokenrelay.model.quantized import CHUNK, GROUP, Quantized, quantize
 from tokenrelay.model.weights.gguf.config import config_from_gguf
 from tokenrelay.model.weights.gguf.header import TensorInfo
 from tokenrelay.model.weights.gguf.metadata import GGUFMetadata, read_gguf_metadata
 from tokenrelay.model.weights.gguf.quantized import NOT_QUANTIZED, TAKEN_APART, quantized_from
 from tokenrelay.model.weights.gguf.rules import gguf_rules
 
-# Elements dequantized at once: in fp32 just less than the blocks that are mapped one by one while loading (``heap``). A
-# call per row would cost four times as much, and torch does not split so few among threads, which wait for each other.
-_CHUNK = 31 << 10
 _values = np.errstate(all="ignore")(dequantize)  # a scale that is no number is passed on as it is
 
 Bytes = npt.NDArray[np.uint8]
@@ -77,7 +74,7 @@ class GGUFCheckpoint:
 def _in_8_bits(info: TensorInfo, data: Bytes, metadata: GGUFMetadata) -> Quantized:
     integers = torch.empty(info.shape, dtype=torch.int8)
     scales = torch.empty(*info.shape[:-1], info.shape[-1] // GROUP, dtype=torch.float16)
-    chunks = torch.split(integers.view(-1), _CHUNK), torch.split(scales.view(-1), _CHUNK // GROUP)
+    chunks = torch.split(integers.view(-1), CHUNK), torch.split(scales.view(-1), CHUNK // GROUP)
     for values, *chunk in zip(_pieces(info, data, metadata), *chunks, strict=True):
         rounded = quantize(values.view(1, -1))
         chunk[0].copy_(rounded.integers[0])
@@ -88,15 +85,19 @@ def _in_8_bits(info: TensorInfo, data: Bytes, metadata: GGUFMetadata) -> Quantiz
 def _dequantized(info: TensorInfo, data: Bytes, metadata: GGUFMetadata, dtype: torch.dtype) -> torch.Tensor:
     """The tensor in ``dtype``, filled piece by piece so that no second copy of it is ever in memory."""
     values = torch.empty(info.shape, dtype=dtype)
-    for piece, dequantized in zip(torch.split(values.view(-1), _CHUNK), _pieces(info, data, metadata), strict=True):
+    for piece, dequantized in zip(torch.split(values.view(-1), CHUNK), _pieces(info, data, metadata), strict=True):
         piece.copy_(dequantized)
     return values
 
 
 def _pieces(info: TensorInfo, data: Bytes, metadata: GGUFMetadata) -> Iterator[torch.Tensor]:
-    """All elements in order, fp32, so many at a time."""
+    """All elements in order, fp32, ``CHUNK`` at a time.
+
+    A call per row would cost four times as much, and torch does not split so few among threads, which would wait for
+    each other.
+    """
     kind, blocks = _blocks(info, data, metadata)
-    blocks_per_piece = _CHUNK // GGML_QUANT_SIZES[kind][0]
+    blocks_per_piece = CHUNK // GGML_QUANT_SIZES[kind][0]
     try:
         for start in range(0, len(blocks), blocks_per_piece):
             chunk = np.array(blocks[start : start + blocks_per_piece])

@@ -46,6 +46,8 @@ TR_INLINE void narrow(float x, bf16* to) {  // round to nearest even, as torch d
 constexpr float EXP_MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
 constexpr float EXP_MIN = -87.0f, EXP_MAX = 88.0f;
 
+TR_INLINE int32_t round_to_even(float x) { return int32_t(bits_of(x + EXP_MAGIC) - bits_of(EXP_MAGIC)); }
+
 #if defined(TR_AVX512)
 
 struct f32x16 { __m512 v; };

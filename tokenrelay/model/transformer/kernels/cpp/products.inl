@@ -229,10 +229,7 @@ TR_INLINE i32x16 times_256(i32x16 a) {
 }
 TR_INLINE int32_t round_group(const float* from, float factor, int8_t* to) {
     int32_t sum = 0;
-    for (size_t i = 0; i < GROUP; i++) {
-        const int32_t integer = int32_t(bits_of(from[i] * factor + EXP_MAGIC) - bits_of(EXP_MAGIC));
-        sum += to[i] = int8_t(integer);
-    }
+    for (size_t i = 0; i < GROUP; i++) sum += to[i] = int8_t(round_to_even(from[i] * factor));
     return sum;
 }
 TR_INLINE f32x16 to_float(const i32x16& a) { return each([&](int i) { return float(a.v[i]); }); }
@@ -252,30 +249,29 @@ TR_INLINE void add_products(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1]
 
 #endif
 
-// A tile is at most ROWS rows and PANELS panels. Weights are multiplied as they lie, or unpacked before, for many rows.
-template <int PACKED_BITS> struct AsTheyLie {
+// Weights as they are multiplied, in tiles of at most ROWS rows and PANELS panels: as they lie, or unpacked to more bits before.
+template <int PACKED_BITS, int MULTIPLIED_BITS = PACKED_BITS> struct Integers {
     static constexpr int BITS = PACKED_BITS, ROWS = QUANTIZED_ROWS, PANELS = QUANTIZED_PANELS;
-    static constexpr size_t PACKED_BYTES = GROUP * 2 * BITS, GROUP_BYTES = PACKED_BYTES;
+    static constexpr size_t PACKED_BYTES = GROUP * 2 * BITS, GROUP_BYTES = GROUP * 2 * MULTIPLIED_BITS;
     static constexpr bool SIGNED = false;
     static const uint8_t* unpack(const uint8_t* packed, uint8_t*, size_t) { return packed; }
     // sums += products with activations, or with their low halves.
     template <int R, int P, class X> TR_INLINE static void add_high(const uint8_t* const (&w)[P], X x, i32x16 (&sums)[P][R]) {
-        add_products<BITS>(w, x, sums);
+        add_products<MULTIPLIED_BITS>(w, x, sums);
     }
     template <int R, class X> TR_INLINE static void add_low(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
-        add_products<BITS>(w, x, sums);
+        add_products<MULTIPLIED_BITS>(w, x, sums);
     }
 };
-using FourBits = AsTheyLie<4>;
+using FourBits = Integers<4>;
 
 // From so many rows on 4 bits are spread out; fewer are done sooner with the weights as they lie.
 #if defined(TR_AVX512)
 
-using EightBits = AsTheyLie<8>;
+using EightBits = Integers<8>;
 
 // 4 bits, each in a byte.
-struct Spread : AsTheyLie<4> {
-    static constexpr size_t GROUP_BYTES = GROUP * 16;
+struct Spread : Integers<4, 8> {
     static const uint8_t* unpack(const uint8_t* packed, uint8_t* to, size_t bytes) {
         const __m512i half = _mm512_set1_epi8(15);
         for (size_t i = 0; i < bytes; i += 64) {
@@ -285,18 +281,12 @@ struct Spread : AsTheyLie<4> {
         }
         return to;
     }
-    template <int R, int P, class X> TR_INLINE static void add_high(const uint8_t* const (&w)[P], X x, i32x16 (&sums)[P][R]) {
-        add_products<8>(w, x, sums);
-    }
-    template <int R, class X> TR_INLINE static void add_low(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
-        add_products<8>(w, x, sums);
-    }
 };
 constexpr size_t ROWS_TO_SPREAD = 25;
 
 #elif defined(TR_AVX2)
 
-struct EightBits : AsTheyLie<8> {
+struct EightBits : Integers<8> {
     static constexpr int ROWS = 4;
     static constexpr bool SIGNED = true;
     template <int R, class X> TR_INLINE static void add_high(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
@@ -305,9 +295,8 @@ struct EightBits : AsTheyLie<8> {
 };
 
 // 4 bits, each in a byte.
-struct Spread : AsTheyLie<4> {
+struct Spread : Integers<4, 8> {
     static constexpr int ROWS = 4;
-    static constexpr size_t GROUP_BYTES = GROUP * 16;
     static const uint8_t* unpack(const uint8_t* packed, uint8_t* to, size_t bytes) {
         const __m256i half = _mm256_set1_epi8(15);
         for (size_t i = 0; i < bytes; i += 32) {
@@ -329,7 +318,7 @@ constexpr size_t ROWS_TO_SPREAD = 9;
 
 #else
 
-using EightBits = AsTheyLie<8>;
+using EightBits = Integers<8>;
 using Spread = FourBits;
 constexpr size_t ROWS_TO_SPREAD = ~size_t(0);
 

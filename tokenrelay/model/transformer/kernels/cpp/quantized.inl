@@ -14,9 +14,11 @@ constexpr float TINY = 1e-24f;    // below, a group counts as zero: its factor w
 
 // Of K at a time: spread out 24 KiB, in the first cache with the rows' activations.
 constexpr size_t BLOCK_GROUPS = 48 / QUANTIZED_PANELS;
+constexpr size_t MOST_OUTLIERS = ROW_BLOCK * BLOCK_GROUPS;  // of a block of rows and of K
 
 // So many rows' activations lie interleaved, as their tile reads them: four of each row, or a scale of each row, after each other.
 constexpr size_t INTERLEAVED = QUANTIZED_PANELS > 1 ? QUANTIZED_ROWS : 1;
+static_assert(ROW_BLOCK % INTERLEAVED == 0, "a block begins with a tile");
 
 // A group with low halves, and their sum.
 struct Outlier { uint32_t group; int32_t sum; };
@@ -26,9 +28,9 @@ struct Outlier { uint32_t group; int32_t sum; };
 template <int ROWS> struct Outliers {
     size_t row_begin, row_end, begin, end;      // rows, at most ROW_BLOCK, and groups
     uint16_t of_group[BLOCK_GROUPS + 1];        // where each group's begin in the three that follow
-    uint8_t rows[ROW_BLOCK * BLOCK_GROUPS];     // from row_begin on
-    int16_t sums[ROW_BLOCK * BLOCK_GROUPS];     // of low halves
-    uint16_t places[ROW_BLOCK * BLOCK_GROUPS];  // of their products
+    uint8_t rows[MOST_OUTLIERS];     // from row_begin on
+    int16_t sums[MOST_OUTLIERS];     // of low halves
+    uint16_t places[MOST_OUTLIERS];  // of their products
     uint16_t of_row[ROW_BLOCK];                 // where each row's products begin
     uint8_t of_tile[ROW_BLOCK][BLOCK_GROUPS];   // bit r: row r of the tile has one; a tile is ROWS rows
 };
@@ -64,7 +66,7 @@ struct Quantized {
         int32_t sum = 0, low_sum = 0;
         if constexpr (IS_OUTLIER) {
             for (size_t i = 0; i < GROUP; i++) {
-                const int32_t integer = int32_t(bits_of(from[i] * factor + EXP_MAGIC) - bits_of(EXP_MAGIC));
+                const int32_t integer = round_to_even(from[i] * factor);
                 const int32_t upper = (integer + 128) >> 8;
                 integers[i] = int8_t(upper), to_low[i] = int8_t(integer - upper * 256);
                 sum += upper * 256, low_sum += to_low[i];
@@ -81,7 +83,7 @@ struct Quantized {
 
     // A NaN or an infinity makes all scales of its row NaN.
     void quantize_row(size_t row) const {
-        const size_t step = tile_rows(row), place = row - tile_begin(row), begin = tile_begin(row) * groups + place;
+        const size_t step = tile_rows(row), first = tile_begin(row), place = row - first, begin = first * groups + place;
         const float* from = a.x + row * a.in_features;
         f32x16 squares = broadcast(0.0f), zero = broadcast(0.0f);
         for (size_t g = 0; g < groups; g++) {
@@ -91,7 +93,7 @@ struct Quantized {
         }
         const float total = sum(squares), limit = OUTLIER * total / float(a.in_features);
         const bool finite = total < __builtin_inff();
-        int8_t *to = high + tile_begin(row) * a.in_features + place * 4, *to_low = low + row * a.in_features;
+        int8_t *to = high + first * a.in_features + place * 4, *to_low = low + row * a.in_features;
         uint32_t count = 0;
         for (size_t g = 0, at = begin; g < groups; g++, at += step, from += GROUP, to += GROUP * step, to_low += GROUP) {
             const float largest = finite ? scales[at] : 0.0f;
@@ -166,6 +168,7 @@ struct Quantized {
                                               const Outliers<Weights::ROWS>& of, const i32x16* low_products) const {
         constexpr int P = Weights::PANELS;
         constexpr bool IS_TILE = INTERLEAVED > 1;
+        static_assert(!IS_TILE || Weights::ROWS == INTERLEAVED, "rows are multiplied as they were interleaved");
         const size_t next_row = IS_TILE ? 1 : groups, next_group = IS_TILE ? R : 1;  // in scales, totals and sums
         const uint8_t* has_outlier = of.of_tile[(row - of.row_begin) / Weights::ROWS];
         const i32x16* low_sum[R];
@@ -188,7 +191,7 @@ struct Quantized {
                 for (int r = 0; r < R; r++)
                     if (rows >> r & 1) {
                         for (int p = 0; p < P; p++)
-                            sum[p][r] = plus(times_256(sum[p][r]), low_sum[r][p * ROW_BLOCK * BLOCK_GROUPS]);
+                            sum[p][r] = plus(times_256(sum[p][r]), low_sum[r][p * MOST_OUTLIERS]);
                         low_sum[r]++;
                     }
             for (int p = 0; p < P; p++) {
@@ -221,7 +224,7 @@ struct Quantized {
             float* beside[P];
             for (int p = 0; p < P; p++) {
                 beside[p] = room[p];
-                for (int r = 0; r < R; r++) store(room[p] + r * 16, load_part(out[p] + r * next, next - panels[p] * 16));
+                for (int r = 0; of.begin && r < R; r++) store(room[p] + r * 16, load_part(out[p] + r * next, next - panels[p] * 16));
             }
             add_groups<Weights, R>(beside, 16, row, panels, w, of, low_products);
             for (int p = 0; p < P; p++)
@@ -245,7 +248,7 @@ struct Quantized {
         for (size_t p = 0; p < P; p++) {
             packed[p] = a.panels + (panels[p] * groups + of.begin) * Weights::PACKED_BYTES;
             w[p] = Weights::unpack(packed[p], room[p], bytes);
-            multiply_low<Weights>(of, w[p], low_products + p * ROW_BLOCK * BLOCK_GROUPS);
+            multiply_low<Weights>(of, w[p], low_products + p * MOST_OUTLIERS);
         }
         const size_t share = bytes * Weights::ROWS / (of.row_end - of.row_begin) + 64;
         size_t fetched = 0, wanted = ahead && w[0] != packed[0] ? bytes : 0;
@@ -259,7 +262,7 @@ struct Quantized {
     template <class Weights>
     void multiply_panels(size_t first, size_t last, size_t next, size_t row_begin, size_t row_end) const {
         constexpr size_t P = Weights::PANELS;
-        i32x16 low_products[P * ROW_BLOCK * BLOCK_GROUPS];
+        i32x16 low_products[P * MOST_OUTLIERS];
         Outliers<Weights::ROWS> of;
         of.row_begin = row_begin, of.row_end = row_end;
         for (of.begin = 0; of.begin < groups; of.begin = of.end) {
