@@ -121,11 +121,11 @@ def benchmark_attention(limits: tuple[float, float], dtype: torch.dtype, window:
 
 
 def random_cache(blocks: int, dtype: torch.dtype) -> LayerCache:
-    shapes = kernels.kv_cache_shapes(torch.device("cpu"), blocks, BLOCK, KV_HEADS, HEAD_DIM)
-    if dtype is not torch.int8:
+    shapes = kernels.kv_cache_shapes(torch.device("cpu"), blocks, BLOCK, KV_HEADS, HEAD_DIM, dtype)
+    if dtype.is_floating_point:
         return LayerCache(*(torch.randn(shape).to(dtype) for shape in shapes))
     elements = (torch.randint(-127, 128, shape, dtype=dtype) for shape in shapes)
-    return LayerCache(*elements, *torch.rand(2, blocks, KV_HEADS, BLOCK))
+    return LayerCache(*elements, *torch.rand(2, blocks, KV_HEADS, BLOCK) / 100)
 
 
 def attend_in_all_layers(
@@ -139,14 +139,13 @@ def benchmark_rows(limits: tuple[float, float]) -> None:
     for rows in (1, 16, 512):
         x, residual, weight = torch.randn(rows, 576), torch.randn(rows, 576), torch.ones(576)
         gate_up, qkv = torch.randn(rows, 3072), torch.randn(rows, 960)
-        k_shape, v_shape = kernels.kv_cache_shapes(torch.device("cpu"), rows, BLOCK, KV_HEADS, HEAD_DIM)
-        k_cache, v_cache = torch.zeros(k_shape).bfloat16(), torch.zeros(v_shape).bfloat16()
+        keys, values, *scales = random_cache(rows, torch.int16)
         index, table = torch.arange(rows), torch.randn(rows, HEAD_DIM)
         calls: dict[str, tuple[Callable[[], object], int]] = {
             "add_rms_norm": (partial(kernels.add_rms_norm, x, residual, weight, 1e-5), rows * 576 * 8),
             "gated silu": (partial(kernels.gated_activation, gate_up, "silu"), rows * 3072 * 4),
             "rotate+cache": (
-                partial(kernels.rotate_and_cache, qkv, index, table, k_cache, v_cache, index, HEADS, KV_HEADS),
+                partial(kernels.rotate_and_cache, qkv, index, table, keys, values, index, HEADS, KV_HEADS, *scales),
                 rows * 960 * 4,
             ),
         }
@@ -199,8 +198,8 @@ def main() -> None:
         benchmark_linears(limits, "bf16", in_bf16)
         benchmark_linears(limits, "8", in_8_bits)
         benchmark_linears(limits, "4", in_4_bits)
-        benchmark_attention(limits, torch.bfloat16)
-        benchmark_attention(limits, torch.bfloat16, WINDOW)
+        benchmark_attention(limits, torch.int16)
+        benchmark_attention(limits, torch.int16, WINDOW)
         benchmark_attention(limits, torch.int8)
         benchmark_rows(limits)
     benchmark_steps()

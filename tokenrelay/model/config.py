@@ -156,7 +156,7 @@ class EngineConfig:
     max_prefill_tokens_beside_decodes: int = 64  # of it, for prompts: bounds the stall they cause running streams
     num_speculative_tokens: int = 8  # most drafts verified per request and step; 0: none
     attention_sinks: int = 0  # StreamingLLM: so many first tokens stay visible while a sequence outgrows the context
-    kv_cache_dtype: Literal["auto", "int8"] = "auto"  # auto: the weights'
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"  # auto: 16-bit integers on a CPU, else the weights'
     max_model_len: int = 0  # 0: the network's own limit
     enable_prefix_caching: bool = True
 

@@ -91,7 +91,8 @@ class Settings(BaseSettings):
         1, ge=1, description="Processes that share a worker's network: a GPU each, or a part of the cores."
     )
     kv_cache_dtype: Literal["auto", "int8"] = Field(
-        "auto", description="Type of the KV cache: int8, or auto: as dtype, bfloat16 for weights of few bits."
+        "auto",
+        description="Type of the KV cache: int8, or auto: as dtype, on a CPU 16-bit integers instead of 16-bit floats.",
     )
     kv_cache_mb: int = Field(
         0,

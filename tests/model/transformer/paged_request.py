@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenrelay.model.transformer import kernels
+from tokenrelay.model.transformer.kernels.reference_attention import LARGEST_CACHED
 from tokenrelay.model.transformer.kv_cache import LayerCache
 
 BLOCK = 16
@@ -15,11 +16,12 @@ def cpu_cache(
     blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, block_size: int = BLOCK
 ) -> LayerCache:
     """A cache of random content: what a kernel must not read, it would show."""
-    shapes = kernels.kv_cache_shapes(torch.device("cpu"), blocks, block_size, kv_heads, head_dim)
-    if dtype is not torch.int8:
+    shapes = kernels.kv_cache_shapes(torch.device("cpu"), blocks, block_size, kv_heads, head_dim, dtype)
+    if dtype.is_floating_point:
         return LayerCache(*(torch.randn(shape).to(dtype) for shape in shapes))
-    elements = (torch.randint(-127, 128, shape).to(dtype) for shape in shapes)
-    return LayerCache(*elements, *(torch.rand(2, blocks, kv_heads, block_size) / 64))
+    largest = LARGEST_CACHED[dtype]
+    elements = (torch.randint(-largest, largest + 1, shape).to(dtype) for shape in shapes)
+    return LayerCache(*elements, *(torch.rand(2, blocks, kv_heads, block_size) * 2 / largest))
 
 
 def rotary_angles(length: int, head_dim: int) -> Tensor:

@@ -30,7 +30,9 @@ def index_of(block_size: int) -> Index:
 
 def equal_caches(num_blocks: int, block_size: int) -> Caches:
     """The same random keys and values as the CPU and as CUDA lay them out."""
-    gpu = LayerCache(*(torch.randn(shape) for shape in cuda.kv_cache_shapes(num_blocks, block_size, KV, D)))
+    gpu = LayerCache(
+        *(torch.randn(shape) for shape in cuda.kv_cache_shapes(num_blocks, block_size, KV, D, torch.float32))
+    )
     cpu = LayerCache(gpu.keys[:-1].permute(0, 2, 3, 1).contiguous(), gpu.values[:-1].permute(0, 2, 1, 3).contiguous())
     return cpu, gpu
 

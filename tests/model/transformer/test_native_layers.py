@@ -133,10 +133,10 @@ def check_that_the_bits_are_those_of_the_layers(model: Transformer, dtype: torch
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 def test_one_call_gives_the_bits_of_many(switches: dict[str, object]) -> None:
-    check_that_the_bits_are_those_of_the_layers(random_model(config_with(switches)), torch.bfloat16)
+    check_that_the_bits_are_those_of_the_layers(random_model(config_with(switches)), torch.int16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.int8])
 @pytest.mark.parametrize("in_8_bits", [False, True])
 def test_whatever_weights_and_cache_are_stored_as(in_8_bits: bool, dtype: torch.dtype) -> None:
     config = config_with({"norm_placement": "sandwich", "qk_norm": "head", "attention_softcap": 3.0})
@@ -145,14 +145,14 @@ def test_whatever_weights_and_cache_are_stored_as(in_8_bits: bool, dtype: torch.
 
 def test_a_text_that_outgrew_the_context() -> None:
     model = random_model(config_with({"rotary_dim": 12}), attention_sinks=4)
-    check_that_the_bits_are_those_of_the_layers(model, torch.bfloat16, sinks_below=60)
+    check_that_the_bits_are_those_of_the_layers(model, torch.int16, sinks_below=60)
 
 
 def test_every_switch_changes_something() -> None:
     """Else the comparisons above would compare nothing."""
     with torch.inference_mode():
         states = [
-            hidden_states_and_cache(random_model(config_with(switches)), torch.bfloat16)[0]
+            hidden_states_and_cache(random_model(config_with(switches)), torch.int16)[0]
             for switches in SWITCHES.values()
         ]
     for index, hidden in enumerate(states):

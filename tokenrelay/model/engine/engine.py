@@ -21,7 +21,7 @@ from tokenrelay.model.engine.scheduler import Scheduler
 from tokenrelay.model.engine.step import StepOutput
 from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.communicator import Communicator
-from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_block
+from tokenrelay.model.transformer.kv_cache import allocate_kv_cache, bytes_per_block, cache_dtype
 from tokenrelay.model.transformer.loading import load_transformer
 from tokenrelay.model.transformer.lora import Adapter
 from tokenrelay.model.transformer.quantization import describe_weights, keeps_stored
@@ -97,10 +97,10 @@ class Engine:
         own_config = Share(model_config, ranks.rank, ranks.size).own_config if ranks else model_config
         config = replace(config, enforce_eager=config.enforce_eager or ranks is not None)
         config = replace(config, block_size=kernels.block_size(device, config.block_size))
-        cache_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
+        cached_in = cache_dtype(config.kv_cache_dtype, dtype, device)
         longest = model_config.max_position_embeddings
         context = min(longest, config.max_model_len or longest)
-        block_bytes = bytes_per_block(own_config, config.block_size, cache_dtype)
+        block_bytes = bytes_per_block(own_config, config.block_size, cached_in)
         num_blocks = _planned_blocks(config, block_bytes, device)
         if num_blocks is not None:
             _check_room(config, context, num_blocks)
@@ -116,7 +116,7 @@ class Engine:
             ranks=ranks,
         )
         window = _window(model_config, config, context)
-        make_runner = partial(_make_runner, model, window, context, cache_dtype, device)
+        make_runner = partial(_make_runner, model, window, context, cached_in, device)
         if num_blocks is None:
             num_blocks = fitting_blocks(make_runner, config, own_config, context, block_bytes, device)
         if ranks:

@@ -24,6 +24,7 @@ from tokenrelay.model.engine.step import Sampled, ScheduledRequest
 from tokenrelay.model.engine.temperature import temperatures
 from tokenrelay.model.engine.truncation import is_truncated, next_mirostat_mu, truncate
 from tokenrelay.model.sampling_params import TokenLogprobs
+from tokenrelay.model.transformer import kernels
 from tokenrelay.model.transformer.transfer import tensor_on
 
 Positions = Sequence[SamplingPosition]
@@ -75,7 +76,7 @@ class Sampler:
             self._forbid_early_end(logits[row], position)
         process(logits, positions)
         _constrain(logits, entries)
-        best = logits.argmax(dim=-1)
+        best = kernels.argmax(logits)
         rows = [row for row, position in enumerate(positions) if not position.params.greedy]
         if not rows:
             return [Drawn(token_id) for token_id in best.tolist()]

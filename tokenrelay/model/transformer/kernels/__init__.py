@@ -1,7 +1,7 @@
 """The operations of a decoder layer: one interface each, one implementation per device.
 
 T = tokens in the step, H = query heads, KV = key/value heads, D = head size, B = requests, M = blocks of the longest.
-Activations are fp32 on the CPU (weights bf16 or fp32, the cache one of these or int8 with a scale for every key and
+Activations are fp32 on the CPU (weights bf16 or fp32, the cache fp32, or int16 or int8 with a scale for every key and
 value of a head) and of the model's dtype on CUDA.
 
 | operation           | from                                                        | to                          |
@@ -18,6 +18,7 @@ value of a head) and of the model's dtype on CUDA.
 | paged_attention     | q[T, H, D], cache, block_tables[B, M]                       | [T, H D]                    |
 | activation          | x[T, I]                                                     | act(x)                      |
 | gated_activation    | x[T, 2 I]                                                   | act(x[:, :I]) * x[:, I:]    |
+| argmax              | x[T, V]                                                     | ids[T]                      |
 
 Implementations are registered with torch's dispatcher, so the network names no device: CPU is ``native`` (``reference``
 where that was not built), CUDA is ``cuda``, MPS is ``reference``, and fake tensors get shapes alone. On the CPU every
@@ -109,14 +110,15 @@ _activation = _define("activation", "(Tensor x, str kind) -> Tensor", _like_firs
 _gated_activation = _define(
     "gated_activation", "(Tensor x, str kind) -> Tensor", lambda x, kind: x.new_empty((x.shape[0], x.shape[1] // 2))
 )
+_argmax = _define("argmax", "(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[0], dtype=torch.int64))
 
 
 def kv_cache_shapes(
-    device: torch.device, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    device: torch.device, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of one layer's K and V cache; create them zeroed. ``block_size`` is one that ``block_size`` gave."""
     shapes: tuple[tuple[int, ...], tuple[int, ...]] = _layouts[device.type].kv_cache_shapes(
-        num_blocks, block_size, num_kv_heads, head_dim
+        num_blocks, block_size, num_kv_heads, head_dim, dtype
     )
     return shapes
 
@@ -196,8 +198,9 @@ def rotate_and_cache(
 
     qkv [T, (H + 2 KV) D], positions [T] int64, cos_sin [max position, R] fp32 (cosines then sines of the first R <= D
     elements of a head, of which i turns with i + R/2; None: no rotation), slot_mapping [T] int64 (block * block_size +
-    offset) -> q [T, H, D]. With scales [blocks, KV, block_size] fp32 the cache is int8: scale = max |x| / 127 of a key
-    or value of one head, elements round(x / scale), ties to even.
+    offset) -> q [T, H, D]. With scales [blocks, KV, block_size] fp32 the cache is of integers: scale = max |x| /
+    largest of a key or value of one head, elements round(x * (largest / max |x|)), ties to even; largest is 127 in
+    int8, 8191 in int16.
     """
     return _rotate_and_cache(  # type: ignore[no-any-return]
         qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, key_scales, value_scales
@@ -232,6 +235,10 @@ def paged_attention(
 
     With a softcap a scaled score s becomes softcap * tanh(s / softcap). (Gemma 2) ``sink_logits`` [H] fp32 take part in
     the softmax beside the scores and have no value. (GPT-OSS; Xiao et al. 2023, section 3.3)
+
+    Over a cache of integers both products are of integers: scaled queries, and weights times the values' scales in
+    chunks of 64 keys, have as many bits as keep their sums within 32, and a scale each. (as Zhang et al. 2024,
+    "SageAttention", in 8 bits)
     """
     return _paged_attention(  # type: ignore[no-any-return]
         q,
@@ -262,6 +269,11 @@ def gated_activation(x: Tensor, kind: str) -> Tensor:
     Here kind may also be swiglu_oai (GPT-OSS): g sigmoid(1.702 g) (u + 1), with gate g <= 7 and -7 <= up u <= 7.
     """
     return _gated_activation(x, kind)  # type: ignore[no-any-return]
+
+
+def argmax(x: Tensor) -> Tensor:
+    """x [T, V] fp32 -> where each row's largest element first stands, [T] int64."""
+    return _argmax(x)  # type: ignore[no-any-return]
 
 
 register("cpu", native if native.is_available() else reference)

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from tokenrelay.model.quantized import GROUP
-from tokenrelay.model.transformer.kernels import gathered, reference
+from tokenrelay.model.transformer.kernels import gathered, reference, reference_attention
 
 BLOCK_SIZE = 256  # FlashAttention 2 refuses pages that are not a multiple of it
 FLASH_HEAD_DIMS = range(8, 257, 8)
 
 
 def kv_cache_shapes(
-    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     shape = (num_blocks + 1, block_size, num_kv_heads, head_dim)
     return shape, shape
@@ -42,7 +42,7 @@ def rotate_and_cache(
     value_scales: Tensor | None = None,
 ) -> Tensor:
     _refuse(int8=key_scales is not None)
-    q, k, v = reference.split_and_rotate(qkv, positions, cos_sin, num_heads, num_kv_heads)
+    q, k, v = reference_attention.split_and_rotate(qkv, positions, cos_sin, num_heads, num_kv_heads)
     spare = k_cache.shape[0] * k_cache.shape[1] - 1
     slots = torch.where(slot_mapping < 0, spare, slot_mapping)
     k_cache.flatten(0, 1).index_copy_(0, slots, k.to(k_cache.dtype))

@@ -189,6 +189,7 @@ head_norm = _function("tr_head_norm", ctypes.POINTER(HeadNormParams))
 rotate_and_cache = _function("tr_rotate_and_cache", ctypes.POINTER(RotateParams))
 paged_attention = _function("tr_paged_attention", ctypes.POINTER(AttentionParams))
 forward = _function("tr_forward", ctypes.POINTER(Forward))
+argmax = _function("tr_argmax", *(c_void_p,) * 2, *(c_int64,) * 2)
 activation = _function("tr_activation", *(c_void_p,) * 2, *(c_int64,) * 4)
 if LIBRARY is not None:
     LIBRARY.tr_set_num_threads.argtypes = (c_int,)

@@ -89,8 +89,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, sc
 
 
 def scratch_size(in_features: int) -> int:
-    """Bytes per row: two halves of each integer; of each group a scale, two sums and what an outlier needs."""
-    return 2 * in_features + 24 * in_features // GROUP
+    """Bytes per row: two halves of each integer; scales and sums of each group; which are outliers, and how many."""
+    return 2 * in_features + 24 * in_features // GROUP + 4
 
 
 def quantized_linear(
@@ -188,6 +188,14 @@ def activation(x: Tensor, kind: str) -> Tensor:
     out = torch.empty_like(x)
     library.activation(x.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], ACTIVATION_KINDS[kind], False)
     return out
+
+
+def argmax(x: Tensor) -> Tensor:
+    if x.dtype is not torch.float32 or not x.is_contiguous():
+        return reference.argmax(x)
+    best = x.new_empty(len(x), dtype=torch.int64)
+    library.argmax(x.data_ptr(), best.data_ptr(), *x.shape)
+    return best
 
 
 def gated_activation(x: Tensor, kind: str) -> Tensor:

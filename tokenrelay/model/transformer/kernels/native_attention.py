@@ -9,14 +9,18 @@ from tokenrelay.model.transformer.kernels import library, reference
 
 MAX_HEAD_DIM = 256
 KEYS_PER_VECTOR = 16
-CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+CACHE_TYPES = {torch.float32: 0, torch.int16: 1, torch.int8: 2}
 
 
 def describe_cache(
-    k_cache: Tensor, v_cache: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None
+    head_dim: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> library.KVCache | None:
     """The cache as the kernels see it; None if they do not cover it."""
-    _, num_kv_heads, head_dim, block_size = k_cache.shape
+    _, num_kv_heads, _, block_size = k_cache.shape[:4]
     dtype = k_cache.dtype
     covered = head_dim <= MAX_HEAD_DIM and block_size % KEYS_PER_VECTOR == 0 and dtype in CACHE_TYPES
     if not covered:
@@ -75,12 +79,13 @@ def rotate_and_cache(
     value_scales: Tensor | None = None,
 ) -> Tensor:
     qkv = qkv.contiguous()
-    cache = describe_cache(k_cache, v_cache, key_scales, value_scales)
+    head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+    cache = describe_cache(head_dim, k_cache, v_cache, key_scales, value_scales)
     if cache is None or qkv.dtype is not torch.float32:
         return reference.rotate_and_cache(
             qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, key_scales, value_scales
         )
-    q = qkv.new_empty((qkv.shape[0], num_heads, cache.head_dim))
+    q = qkv.new_empty((qkv.shape[0], num_heads, head_dim))
     library.rotate_and_cache(
         library.RotateParams(
             cache,
@@ -114,13 +119,13 @@ def paged_attention(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     q = q.contiguous()
-    cache = describe_cache(k_cache, v_cache, key_scales, value_scales)
+    rows, num_heads, head_dim = q.shape
+    cache = describe_cache(head_dim, k_cache, v_cache, key_scales, value_scales)
     if cache is None or q.dtype is not torch.float32:
         return reference.paged_attention(
             *(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale),
             *(window, num_sinks, q_sink, key_scales, value_scales, softcap, sink_logits),
         )
-    rows, num_heads, head_dim = q.shape
     out = q.new_empty((rows, num_heads * head_dim))
     library.paged_attention(
         library.AttentionParams(

@@ -95,7 +95,7 @@ class NativeLayers:
         if not self._is_covered:
             return Transformer.run_layers(self._model, x, positions, rotary, kv_cache, metadata)
         config, rows = self._model.config, len(x)
-        residual, normed = torch.zeros_like(x), torch.empty_like(x)
+        residual, normed = torch.empty_like(x), torch.empty_like(x)
         wide, narrow = x.new_empty((rows, self._wide)), x.new_empty((rows, self._narrow))
         q = x.new_empty((2, rows, config.q_size))
         scratch = x.new_empty(rows * self._scratch, dtype=torch.uint8)
@@ -125,7 +125,7 @@ class NativeLayers:
         return normed if config.final_norm else residual
 
     def _bind(self, kv_cache: Sequence[LayerCache]) -> None:
-        described = [native_attention.describe_cache(*cache) for cache in kv_cache]
+        described = [native_attention.describe_cache(self._model.config.head_dim, *cache) for cache in kv_cache]
         self._is_covered = all(described)
         for layer, cache in zip(self._layers, described, strict=True):
             layer.cache = cache or library.KVCache()

@@ -1,8 +1,7 @@
 """Every operation in plain torch: obviously right, on any device, and the fallback where the native library is missing.
 
 Promises the values, not the bits: torch's own matrix product may depend on the number of rows. Shapes are in the
-package's docstring; the cache layout here is the CPU's: ``k_cache[block, KV, D, slot]`` and
-``v_cache[block, KV, slot, D']`` with D' = D rounded up to 16.
+package's docstring.
 """
 
 from __future__ import annotations
@@ -14,8 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenrelay.model.quantized import GROUP, Quantized
+from tokenrelay.model.transformer.kernels.reference_attention import (
+    BLOCK_SIZE,
+    kv_cache_shapes,
+    paged_attention,
+    rotate_and_cache,
+)
 
-BLOCK_SIZE = 16  # keys of a vector
+__all__ = ["BLOCK_SIZE", "kv_cache_shapes", "paged_attention", "rotate_and_cache"]  # what has a file of its own
+
 PANEL_WIDTH = 16
 LARGEST_INPUT = 127 * 256
 OUTLIER = 36  # largest element squared, over the row's mean square
@@ -28,14 +34,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
-
-
-def kv_cache_shapes(
-    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """K: keys innermost, so that 16 scores are one vector. V: head size rounded up to whole vectors."""
-    padded = -(-head_dim // PANEL_WIDTH) * PANEL_WIDTH
-    return (num_blocks, num_kv_heads, head_dim, block_size), (num_blocks, num_kv_heads, block_size, padded)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -156,124 +154,6 @@ def head_norm(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_heads: int, n
         heads.copy_(rms_norm(heads, weight, eps))
 
 
-def rotate(x: Tensor, positions: Tensor, cos_sin: Tensor | None) -> Tensor:
-    """NeoX rotation of x[T, heads, D] by cos_sin[positions, R]: of the first R elements i turns with i + R/2."""
-    if cos_sin is None:
-        return x
-    turning, still = torch.split(x, [cos_sin.shape[1], x.shape[-1] - cos_sin.shape[1]], dim=-1)
-    cosine, sine = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)  # [T, 1, R/2] each
-    first, second = turning.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
-    return torch.cat((turned, still), dim=-1)
-
-
-def split_and_rotate(
-    qkv: Tensor, positions: Tensor, cos_sin: Tensor | None, num_heads: int, num_kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv[T, (H + 2 KV) D] -> q[T, H, D], k[T, KV, D], both rotated, and v[T, KV, D]."""
-    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)
-    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
-    return rotate(q, positions, cos_sin).contiguous(), rotate(k, positions, cos_sin), v
-
-
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., D] -> int8 [..., D] and scales [...]: max |x| / 127. A NaN or an infinity lives on in the scale."""
-    scales = x.float().abs().amax(-1) / 127
-    steps = (x.float() / scales.unsqueeze(-1)).round()  # ties to even
-    usable = ((scales > 0) & scales.isfinite()).unsqueeze(-1)
-    return torch.where(usable, steps, 0).clamp(-127, 127).to(torch.int8), scales
-
-
-def rotate_and_cache(
-    qkv: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> Tensor:
-    q, k, v = split_and_rotate(qkv, positions, cos_sin, num_heads, num_kv_heads)
-    written = slot_mapping >= 0
-    block_size = k_cache.shape[3]
-    block, offset = slot_mapping[written] // block_size, slot_mapping[written] % block_size
-    k, v = k[written], v[written]
-    if key_scales is not None and value_scales is not None:
-        k, key_scales[block, :, offset] = quantize(k)
-        v, value_scales[block, :, offset] = quantize(v)
-    k_cache[block, :, :, offset] = k.to(k_cache.dtype)
-    v_cache[block, :, offset, : v.shape[-1]] = v.to(v_cache.dtype)
-    return q
-
-
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    window: int = 0,
-    num_sinks: int = 0,
-    q_sink: Tensor | None = None,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-    softcap: float = 0.0,
-    sink_logits: Tensor | None = None,
-) -> Tensor:
-    (num_tokens, num_heads, head_dim), block_size = q.shape, k_cache.shape[3]
-    group = num_heads // k_cache.shape[1]
-    out = torch.empty_like(q)
-    starts = query_start_loc.tolist()
-    for request, seq_len in enumerate(seq_lens.tolist()):
-        rows = slice(starts[request], starts[request + 1])
-        queries = torch.arange(seq_len - (rows.stop - rows.start), seq_len, device=q.device)
-        seen, as_sink = visible_keys(queries, window, num_sinks)
-        key = seen.any(0).nonzero().squeeze(1)  # what nobody sees may have been freed: it is not read
-        block, offset = block_tables[request, key // block_size].long(), key % block_size
-        k = _heads(k_cache[block, :, :, offset], key_scales, block, offset, q, group)
-        v = _heads(v_cache[block, :, offset, :head_dim], value_scales, block, offset, q, group)
-        scores = q[rows].transpose(0, 1) @ k.transpose(1, 2)  # [H, queries, keys]
-        if q_sink is not None:
-            scores = scores.where(~as_sink[:, key], q_sink[rows].transpose(0, 1) @ k.transpose(1, 2))
-        scores = _capped(scores * scale, softcap).masked_fill(~seen[:, key], float("-inf"))
-        out[rows] = (_softmax(scores, sink_logits) @ v).transpose(0, 1)
-    return out.view(num_tokens, num_heads * head_dim)
-
-
-def _capped(scores: Tensor, softcap: float) -> Tensor:
-    return softcap * (scores / softcap).tanh() if softcap else scores
-
-
-def _softmax(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
-    """Over the keys, [H, queries, keys]; a head's sink takes its share and is left out."""
-    if sink_logits is None:
-        return scores.softmax(-1)
-    sinks = sink_logits.to(scores.dtype).view(-1, 1, 1).expand(-1, scores.shape[1], 1)
-    return torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
-
-
-def visible_keys(queries: Tensor, window: int, num_sinks: int) -> tuple[Tensor, Tensor]:
-    """Which keys the queries at these ascending positions see, and which of them as sinks: bool [queries, keys]."""
-    query, key = queries.unsqueeze(1), torch.arange(int(queries[-1]) + 1, device=queries.device)
-    beyond = (query >= num_sinks + window) & (window > 0)  # positions whose window has left the sinks behind
-    as_sink = beyond & (key < num_sinks)
-    recent = ~beyond | (key > query - window)
-    return as_sink | (recent & (key <= query)), as_sink
-
-
-def _heads(stored: Tensor, scales: Tensor | None, block: Tensor, offset: Tensor, q: Tensor, group: int) -> Tensor:
-    """Keys or values [keys, KV, D] as the query heads want them: [H, keys, D] of ``q``'s type."""
-    wide = stored.to(q.dtype)
-    if scales is not None:
-        wide = wide * scales[block, :, offset].unsqueeze(-1)
-    return wide.repeat_interleave(group, dim=1).transpose(0, 1)
-
-
 def activation(x: Tensor, kind: str) -> Tensor:
     return ACTIVATIONS[kind](x)
 
@@ -281,6 +161,10 @@ def activation(x: Tensor, kind: str) -> Tensor:
 def gated_activation(x: Tensor, kind: str) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return _swiglu_oai(gate, up) if kind == "swiglu_oai" else ACTIVATIONS[kind](gate) * up
+
+
+def argmax(x: Tensor) -> Tensor:
+    return x.argmax(dim=-1)
 
 
 def _swiglu_oai(gate: Tensor, up: Tensor) -> Tensor:

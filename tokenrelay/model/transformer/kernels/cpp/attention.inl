@@ -5,8 +5,9 @@
 // hidden key adds exp = 0 and a hidden chunk multiplies by exp(0) = 1 or does nothing, so both leave the bits alone: a row
 // of a prefill chunk equals the same row of a decode step. Keys that no vector of a group sees are not read at all.
 //
-// int8: a score is the product with the integers times the key's scale; the softmax's weight, once summed, is multiplied
-// by the value's scale and then by the integers.
+// A cache of integers is multiplied as it is: query vectors are rounded to integers with a scale each, and so are a row's
+// weights of a chunk, times the values' scales. As many bits as keep the sums within 32, which makes them exact in any order.
+// (after SageAttention, Zhang et al. 2024, which has 8 bits)
 namespace {
 
 constexpr size_t TILE = 96;   // query vectors that share one pass over the keys
@@ -15,15 +16,33 @@ constexpr size_t CHUNK = 64;  // keys per softmax update: part of the result's d
 // `count` query vectors of a request from `vector` on, for `heads` kv heads from `head` on.
 struct AttentionTask { size_t request, vector, count, head, heads; };
 
+// What elements of the cache are multiplied with, and what their products are summed in.
+template <class W> struct Products { using Factor = int16_t; using Sum = i32x16; };
+template <> struct Products<float> { using Factor = float; using Sum = f32x16; };
+
+constexpr float no_scales[16] = {};
+
+// Where 16 keys of a head and their values begin, and their scales, if they have some.
+template <class W> struct Sixteen {
+    const W *keys, *values;
+    const float *key_scales, *value_scales;
+};
+
 template <class W> struct AttentionTile {
-    static constexpr bool QUANTIZED = sizeof(W) == 1;
+    using Factor = typename Products<W>::Factor;
+    using Sum = typename Products<W>::Sum;
+    static constexpr bool INTEGER = sizeof(W) <= 2;
+    static constexpr size_t PAIR = pair_of<W>();
     const AttentionParams& a;
     const int32_t* blocks;
-    size_t kv_head, dim, padded, block_size;
-    float q[TILE * MAX_HEAD_DIM];  // rows so far apart whatever dim is: a constant needs no register
-    float acc[TILE * MAX_HEAD_DIM];  // lanes in the order of load_shuffled
-    float scores[TILE * CHUNK];
-    float wide_keys[MAX_HEAD_DIM * CHUNK], wide_values[CHUNK * MAX_HEAD_DIM];  // of one chunk, as float
+    size_t dim, padded, block_size;
+    Sixteen<W> chunk[CHUNK / 16];   // what is seen of the current one
+    Factor q[TILE * MAX_HEAD_DIM];  // rows so far apart whatever dim is: a constant needs no register
+    float q_scale[TILE];
+    float acc[TILE * MAX_HEAD_DIM];
+    alignas(64) float scores[TILE * CHUNK];
+    Factor rounded[INTEGER ? TILE * CHUNK : 1];  // of a chunk's weights
+    float rounded_scale[TILE];
     f32x16 total[TILE];
     float highest[TILE];
     size_t first[TILE], end[TILE];  // the keys that a vector sees in this pass; neither falls within a head
@@ -32,62 +51,65 @@ template <class W> struct AttentionTile {
         : a(params), blocks(params.block_tables + request * params.max_blocks), dim(params.cache.head_dim),
           padded((dim + 15) / 16 * 16), block_size(params.cache.block_size) {}
 
-    size_t block(size_t position) const { return blocks[position / block_size]; }
+    // The largest integer of which n, times the cache's largest, are summed within 32 bits.
+    static float largest_factor(size_t n) { return float(least(32767, 0x7fffffff / (size_t(largest_integer<W>()) * n))); }
 
-    size_t slot(size_t position) const {
-        return (block(position) * a.cache.num_kv_heads + kv_head) * block_size + position % block_size;
+    // Where 16 keys from a position on lie, for one head: the first of them.
+    void find(size_t position, size_t kv_head, Sixteen<W>& of) const {
+        const KVCache& cache = a.cache;
+        const size_t block = blocks[position / block_size], offset = position % block_size, size = block_size;
+        of.keys = (const W*)cache.keys + block * cache.key_stride + kv_head * whole_pairs<W>(dim) * size + offset * PAIR;
+        of.values = (const W*)cache.values + block * cache.value_stride + (kv_head * size + offset) * padded;
+        if (!INTEGER) return;
+        const size_t slot = (block * cache.num_kv_heads + kv_head) * size + offset;
+        of.key_scales = cache.key_scales + slot, of.value_scales = cache.value_scales + slot;
     }
 
-    const W* keys(size_t position) const {
-        const W* of_block = (const W*)a.cache.keys + block(position) * a.cache.key_stride;
-        return of_block + kv_head * dim * block_size + position % block_size;
-    }
-
-    const W* values(size_t position) const {
-        const W* of_block = (const W*)a.cache.values + block(position) * a.cache.value_stride;
-        return of_block + (kv_head * block_size + position % block_size) * padded;
-    }
-
-    // Brings the same keys of the next chunk into the cache: blocks are scattered, so the hardware cannot guess them.
-    TR_INLINE void prefetch_block(size_t position) const {
-        const char* k = (const char*)keys(position);
-        const char* v = (const char*)values(position);
+    // Brings keys of the next chunk into the cache: blocks are scattered, so the hardware cannot guess them.
+    TR_INLINE void prefetch(const Sixteen<W>& of) const {
+        const char *k = (const char*)of.keys, *v = (const char*)of.values;
         for (size_t d = 0; d < dim; d += 64 / sizeof(W) / 16) __builtin_prefetch(k + d * block_size * sizeof(W), 0, 2);
         for (size_t i = 0; i < 16 * padded * sizeof(W); i += 64) __builtin_prefetch(v + i, 0, 2);
+        if (!INTEGER) return;
+        __builtin_prefetch(of.key_scales, 0, 2);
+        __builtin_prefetch(of.value_scales, 0, 2);
     }
 
-    // Many vectors read the same chunk: what is narrow becomes float once, not once per group of rows.
-    void widen_chunk(size_t start, size_t to) {
-        const size_t dims = dim, step = block_size, width = padded;  // what is stored might be these, for all the compiler knows
-        for (size_t key = 0; key < to; key += 16) {
-            const W *k = keys(start + key), *v = values(start + key);
-            for (size_t d = 0; d < dims; d++) store(wide_keys + d * CHUNK + key, load(k + d * step));
-            for (size_t i = 0; i < 16 * width; i += 16) store(wide_values + key * width + i, load_shuffled(v + i));
-        }
-    }
-
-    // scores[row][key] = sum over d ascending of q[row][d] * K[d][key], times the key's scale if it has one.
-    template <int R, int P, bool WIDE> TR_INLINE void score_blocks(size_t row, size_t start, size_t key) {
-        f32x16 s[R][P];
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++) s[r][p] = broadcast(0.0f);
-        if constexpr (WIDE) {
-            const float* k[P];
-            for (int p = 0; p < P; p++) k[p] = wide_keys + key + p * 16;
-            multiply(s, q + row * MAX_HEAD_DIM, MAX_HEAD_DIM, k, CHUNK, dim);
-        } else {
-            const W* k[P];
-            for (int p = 0; p < P; p++) k[p] = keys(start + key + p * 16);
-            multiply<true>(s, q + row * MAX_HEAD_DIM, MAX_HEAD_DIM, k, block_size, dim);
-            for (int r = 0; r < R; r++)
-                for (int p = 0; p < P; p++) s[r][p] = in_order(s[r][p], k[p]);
-        }
-        for (int p = 0; p < P; p++) {
-            if constexpr (QUANTIZED) {
-                f32x16 scale = load(a.cache.key_scales + slot(start + key + p * 16));
-                for (int r = 0; r < R; r++) s[r][p] = mul(s[r][p], scale);
+    // A query vector, times the scale of all scores.
+    void take_query(size_t row, const float* from) {
+        Factor* to = q + row * MAX_HEAD_DIM;
+        if constexpr (INTEGER) {
+            const f32x16 scale = broadcast(a.scale), zero = broadcast(0.0f);
+            f32x16 part[MAX_HEAD_DIM / 16], top = zero;
+            for (size_t d = 0; d < dim; d += 16) {
+                part[d / 16] = mul(load_part(from + d, dim - d), scale);
+                top = max(top, max(part[d / 16], sub(zero, part[d / 16])));
             }
-            for (int r = 0; r < R; r++) store(scores + (row + r) * CHUNK + key + p * 16, s[r][p]);
+            const Step step(maximum(top), largest_factor(dim));
+            for (size_t d = 0; d < dim; d += 16) store_rounded(to + d, mul(part[d / 16], broadcast(step.factor)));
+            q_scale[row] = step.scale;
+        } else {
+            for (size_t d = 0; d < dim; d++) to[d] = from[d] * a.scale;
+        }
+    }
+
+    // scores[row][key] = sum over d ascending of q[row][d] * K[d][key], times the scales of both if they are integers.
+    template <int R, int P> TR_INLINE void score_blocks(size_t row, size_t key) {
+        Sum s[R][P];
+        const W* k[P];
+        for (int r = 0; r < R; r++)
+            for (int p = 0; p < P; p++) s[r][p] = nothing<Sum>();
+        for (int p = 0; p < P; p++) k[p] = chunk[key / 16 + p].keys;
+        multiply(s, q + row * MAX_HEAD_DIM, MAX_HEAD_DIM, k, block_size * PAIR, (dim + PAIR - 1) / PAIR);
+        for (int p = 0; p < P; p++) {
+            float* to = scores + row * CHUNK + key + p * 16;
+            if constexpr (INTEGER) {
+                const f32x16 scale = load(chunk[key / 16 + p].key_scales);
+                for (int r = 0; r < R; r++)
+                    store(to + r * CHUNK, mul(to_float(s[r][p]), mul(broadcast(q_scale[row + r]), scale)));
+            } else {
+                for (int r = 0; r < R; r++) store(to + r * CHUNK, s[r][p]);
+            }
         }
     }
 
@@ -98,11 +120,11 @@ template <class W> struct AttentionTile {
     }
 
     // The scores of keys [from, to) of a chunk, in blocks of 16; what a row does not see gets -inf.
-    template <int R, bool WIDE> void score(size_t row, size_t start, size_t from, size_t to) {
-        constexpr int P = panels_for(R) > 2 ? 2 : panels_for(R);
+    template <int R> void score(size_t row, size_t start, size_t from, size_t to) {
+        constexpr int P = INTEGER || panels_for(R) < 2 ? panels_for(R) : 2;
         size_t key = from / 16 * 16;
-        for (; key + (P - 1) * 16 < to; key += P * 16) score_blocks<R, P, WIDE>(row, start, key);
-        for (; key < to; key += 16) score_blocks<R, 1, WIDE>(row, start, key);
+        for (; key + (P - 1) * 16 < to; key += P * 16) score_blocks<R, P>(row, key);
+        for (; key < to; key += 16) score_blocks<R, 1>(row, key);
         for (size_t r = row; r < row + R; r++) {
             if (a.softcap > 0.0f) cap_scores(r, from / 16 * 16, to);
             float* s = scores + r * CHUNK;
@@ -112,135 +134,145 @@ template <class W> struct AttentionTile {
         }
     }
 
-    // Turns scores into weights under the new maximum, and brings what was summed so far under it as well.
-    TR_INLINE void soften(size_t row) {
+    // Whether all values of the chunk are numbers, with what else stands in their blocks.
+    bool has_numbers() const {
+        f32x16 sums = broadcast(0.0f);
+        for (const Sixteen<W>& of : chunk) sums = fma(load(of.value_scales), broadcast(0.0f), sums);
+        return sum(sums) == 0.0f;
+    }
+
+    // Turns scores into weights under the new maximum, and brings what was summed so far under it as well. Integers: weights
+    // times the scales of their values, rounded. A value that is not a number makes the row's total none, if the row sees it.
+    TR_INLINE void soften(size_t row, bool numbers) {
+        constexpr size_t N = CHUNK / 16;
         float* s = scores + row * CHUNK;
-        f32x16 top = max(max(load(s), load(s + 16)), max(load(s + 32), load(s + 48)));
-        float before = highest[row], now = maximum(top);
+        f32x16 part[N];
+        for (size_t i = 0; i < N; i++) part[i] = load(s + i * 16);
+        const float before = highest[row], now = maximum(max(max(part[0], part[1]), max(part[2], part[3])));
         if (now > before) {
             highest[row] = now;
-            f32x16 factor = exp(broadcast(before - now));
+            const f32x16 factor = exp_below_0(broadcast(before - now));
             total[row] = mul(total[row], factor);
-            float* sums = acc + row * padded;
+            float* sums = acc + row * MAX_HEAD_DIM;
             for (size_t d = 0; d < padded; d += 16) store(sums + d, mul(load(sums + d), factor));
         }
         const f32x16 highest_now = broadcast(highest[row]);
-        f32x16 sum = total[row];
-        for (size_t i = 0; i < CHUNK; i += 16) {
-            const f32x16 weight = exp(sub(load(s + i), highest_now));
-            store(s + i, weight);
-            sum = add(sum, weight);
-        }
-        total[row] = sum;
-    }
-
-    template <int R> void scale_weights(size_t row, size_t start, size_t from, size_t to) {
-        for (size_t key = from / 16 * 16; key < to; key += 16) {
-            f32x16 scale = load(a.cache.value_scales + slot(start + key));
-            for (size_t r = row; r < row + R; r++) {
-                float* weights = scores + r * CHUNK + key;
-                store(weights, mul(load(weights), scale));
+        for (size_t i = 0; i < N; i++) part[i] = exp_below_0(sub(part[i], highest_now));
+        total[row] = add(total[row], add(add(part[0], part[1]), add(part[2], part[3])));
+        if constexpr (INTEGER) {
+            for (size_t i = 0; i < N; i++) {
+                const f32x16 weight = part[i];
+                part[i] = mul(weight, load(chunk[i].value_scales));
+                if (numbers) continue;
+                part[i] = zero_where_below(part[i], weight, __FLT_MIN__);
+                total[row] = fma(part[i], broadcast(0.0f), total[row]);
             }
+            const Step step(maximum(max(max(part[0], part[1]), max(part[2], part[3]))), largest_factor(CHUNK));
+            for (size_t i = 0; i < N; i++) store_rounded(rounded + row * CHUNK + i * 16, mul(part[i], broadcast(step.factor)));
+            rounded_scale[row] = step.scale;
+        } else {
+            for (size_t i = 0; i < N; i++) store(s + i * 16, part[i]);
         }
     }
 
     // acc[row][d] += weight[row][key] * V[key][d], key ascending.
-    template <int R, int P, bool WIDE>
-    TR_INLINE void weigh_columns(size_t row, size_t start, size_t from, size_t to, size_t d) {
-        f32x16 sums[R][P];
+    template <int R, int P> TR_INLINE void weigh_columns(size_t row, size_t from, size_t to, size_t d) {
+        Sum sums[R][P];
+        float* const out = acc + row * MAX_HEAD_DIM + d;
         for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++) sums[r][p] = load(acc + (row + r) * padded + d + p * 16);
-        if constexpr (WIDE) {
-            const float* v[P];
-            for (int p = 0; p < P; p++) v[p] = wide_values + from * padded + d + p * 16;
-            multiply(sums, scores + row * CHUNK + from, CHUNK, v, padded, to - from);
-        } else {
-            size_t skipped = from % 16;
-            for (size_t key = from - skipped; key < to; key += 16, skipped = 0) {
-                const W* v[P];
-                for (int p = 0; p < P; p++) v[p] = values(start + key) + skipped * padded + d + p * 16;
-                const float* weights = scores + row * CHUNK + key + skipped;
-                multiply<true>(sums, weights, CHUNK, v, padded, least(to - key, size_t(16)) - skipped);
-            }
+            for (int p = 0; p < P; p++)
+                if constexpr (INTEGER) sums[r][p] = nothing<Sum>();
+                else sums[r][p] = load(out + r * MAX_HEAD_DIM + p * 16);
+        for (size_t key = from / PAIR * PAIR, next; key < to; key = next) {
+            next = least(key / 16 * 16 + 16, to);
+            const W* v[P];
+            for (int p = 0; p < P; p++) v[p] = chunk[key / 16].values + key % 16 * padded + (d + p * 16) * PAIR;
+            const Factor* weights;
+            if constexpr (INTEGER) weights = rounded + row * CHUNK + key;
+            else weights = scores + row * CHUNK + key;
+            multiply(sums, weights, CHUNK, v, padded * PAIR, (next - key + PAIR - 1) / PAIR);
         }
         for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++) store(acc + (row + r) * padded + d + p * 16, sums[r][p]);
+            for (int p = 0; p < P; p++) {
+                float* to_row = out + r * MAX_HEAD_DIM + p * 16;
+                if constexpr (INTEGER) store(to_row, fma(to_float(sums[r][p]), broadcast(rounded_scale[row + r]), load(to_row)));
+                else store(to_row, sums[r][p]);
+            }
     }
 
-    template <int R, bool WIDE> void weigh(size_t row, size_t start, size_t from, size_t to) {
+    template <int R> void weigh(size_t row, size_t from, size_t to) {
         constexpr int P = panels_for(R);
-        if constexpr (QUANTIZED) scale_weights<R>(row, start, from, to);
         size_t d = 0;
-        for (; d + P * 16 <= padded; d += P * 16) weigh_columns<R, P, WIDE>(row, start, from, to, d);
-        for (; d < padded; d += 16) weigh_columns<R, 1, WIDE>(row, start, from, to, d);
+        for (; d + P * 16 <= padded; d += P * 16) weigh_columns<R, P>(row, from, to, d);
+        for (; d < padded; d += 16) weigh_columns<R, 1>(row, from, to, d);
     }
 
     // The rows' share of one chunk.
-    template <int R, bool WIDE> void attend_chunk(size_t row, size_t start) {
+    template <int R> void attend_chunk(size_t row, size_t start, bool numbers) {
         if (end[row + R - 1] <= start || first[row] >= start + CHUNK) return;
         const size_t from = first[row] > start ? first[row] - start : 0;
         const size_t to = least(end[row + R - 1] - start, CHUNK);
-        score<R, WIDE>(row, start, from, to);
-        for (int r = 0; r < R; r++) soften(row + r);
-        weigh<R, WIDE>(row, start, from, to);
+        score<R>(row, start, from, to);
+        for (int r = 0; r < R; r++) soften(row + r, numbers);
+        weigh<R>(row, from, to);
     }
 
-    // One pass over the keys that the vectors see, chunk by chunk: `count` vectors of each head, heads after each other.
-    template <bool WIDE> void attend(size_t count, size_t head, size_t heads) {
-        const size_t most = end[count - 1];
-        for (size_t start = first[0] / CHUNK * CHUNK; start < most; start += CHUNK)
-            for (size_t h = 0; h < heads; h++) {
-                kv_head = head + h;
-                for (size_t next = start + CHUNK; next < least(start + 2 * CHUNK, most); next += 16) prefetch_block(next);
-                if (WIDE) widen_chunk(start, least(most - start, CHUNK));
-                for_row_groups(h * count, (h + 1) * count, [&](size_t row, auto rows) {
-                    attend_chunk<decltype(rows)::value, WIDE>(row, start);
+    // One pass over the keys that the vectors see, chunk by chunk: as many of each head, heads after each other.
+    void attend(const AttentionTask& task) {
+        const size_t count = task.count, most = end[count - 1];
+        for (size_t start = first[0] / CHUNK * CHUNK; start < most; start += CHUNK) {
+            const size_t from = first[0] > start ? first[0] - start : 0, to = least(most - start, CHUNK);
+            for (size_t head = 0; head < task.heads; head++) {
+                for (Sixteen<W>& of : chunk) of.value_scales = no_scales;
+                for (size_t key = from / 16 * 16; key < to; key += 16) find(start + key, task.head + head, chunk[key / 16]);
+                for (size_t next = start + CHUNK; next < least(start + 2 * CHUNK, most); next += 16) {
+                    Sixteen<W> coming;
+                    find(next, task.head + head, coming);
+                    prefetch(coming);
+                }
+                bool numbers = true;
+                if constexpr (INTEGER) numbers = has_numbers();
+                for_row_groups(head * count, (head + 1) * count, [&](size_t row, auto rows) {
+                    attend_chunk<decltype(rows)::value>(row, start, numbers);
                 });
             }
-    }
-
-    void attend(const AttentionTask& task) {
-        if (task.count > MAX_ROWS) attend<true>(task.count, task.head, task.heads);
-        else attend<false>(task.count, task.head, task.heads);
+        }
     }
 
     void run(const AttentionTask& task) {
         const size_t group = a.num_heads / a.cache.num_kv_heads, rows = task.count * task.heads;
         const size_t token = a.query_start[task.request], tokens = a.query_start[task.request + 1] - token;
         const size_t window = a.window ? a.window : SIZE_MAX / 2, whole = a.num_sinks + window;  // sees all keys below
-        auto vector = [&](size_t r) { return task.vector + r % task.count; };
-        auto position = [&](size_t r) { return a.seq_lens[task.request] - tokens + vector(r) / group; };
-        auto query_head = [&](size_t r) { return (task.head + r / task.count) * group + vector(r) % group; };
-        auto offset = [&](size_t r) {  // in q and in out
-            return ((token + vector(r) / group) * a.num_heads + query_head(r)) * dim;
-        };
-        auto load_queries = [&](const float* from) {
-            for (size_t r = 0; r < rows; r++)
-                for (size_t d = 0, at = offset(r); d < dim; d++) q[r * MAX_HEAD_DIM + d] = from[at + d] * a.scale;
-        };
+        size_t position[TILE], place[TILE];  // of a row: its token's, and its vector's in q and in out
         for (size_t r = 0; r < rows; r++) {
-            const float sink = a.sink_logits ? a.sink_logits[query_head(r)] : -__builtin_inff(), one = 1.0f;
+            const size_t vector = task.vector + r % task.count, head = (task.head + r / task.count) * group + vector % group;
+            position[r] = a.seq_lens[task.request] - tokens + vector / group;
+            place[r] = ((token + vector / group) * a.num_heads + head) * dim;
+            const float one = 1.0f, sink = a.sink_logits ? a.sink_logits[head] : -__builtin_inff();
             highest[r] = sink > -__FLT_MAX__ ? sink : -__FLT_MAX__;  // finite: keys hidden before others weigh exp(-inf) = 0
-            total[r] = load_part(&one, a.sink_logits ? 1 : 0);
-            for (size_t d = 0; d < padded; d++) acc[r * padded + d] = 0.0f;
+            total[r] = a.sink_logits ? load_part(&one, 1) : broadcast(0.0f);
+            for (size_t d = 0; d < padded; d += 16) store(acc + r * MAX_HEAD_DIM + d, broadcast(0.0f));
         }
-        if (a.num_sinks && position(task.count - 1) >= whole) {
+        auto load_queries = [&](const float* from) {
+            for (size_t r = 0; r < rows; r++) take_query(r, from + place[r]);
+        };
+        if (a.num_sinks && position[task.count - 1] >= whole) {
             load_queries(a.q_sink ? a.q_sink : a.q);
-            for (size_t r = 0; r < rows; r++) first[r] = 0, end[r] = position(r) < whole ? 0 : a.num_sinks;
+            for (size_t r = 0; r < rows; r++) first[r] = 0, end[r] = position[r] < whole ? 0 : a.num_sinks;
             attend(task);
         }
         load_queries(a.q);
         for (size_t r = 0; r < rows; r++) {
-            first[r] = position(r) < whole ? 0 : position(r) + 1 - window;
-            end[r] = position(r) + 1;
+            first[r] = position[r] < whole ? 0 : position[r] + 1 - window;
+            end[r] = position[r] + 1;
         }
         attend(task);
         for (size_t r = 0; r < rows; r++) {
             f32x16 share = broadcast(1.0f / sum(total[r]));
-            const float* sums = acc + r * padded;
-            float* to = a.out + offset(r);
+            const float* sums = acc + r * MAX_HEAD_DIM;
+            float* to = a.out + place[r];
             for (size_t d = 0; d < dim; d += 16)
-                store_part(to + d, mul(in_order(load(sums + d), (const W*)nullptr), share), dim - d);
+                store_part(to + d, mul(load(sums + d), share), dim - d);
         }
     }
 };
@@ -268,7 +300,7 @@ void paged_attention(const AttentionParams* params) {
         const size_t parts = kv_heads / heads(low), tile = (index - first_task[low]) / parts * TILE;
         const AttentionTask task{low, tile, least(vectors(low) - tile, TILE), (index - first_task[low]) % parts, heads(low)};
         if (a.cache.type == INT8) AttentionTile<int8_t>(a, low).run(task);
-        else if (a.cache.type == BFLOAT16) AttentionTile<bf16>(a, low).run(task);
+        else if (a.cache.type == INT16) AttentionTile<int16_t>(a, low).run(task);
         else AttentionTile<float>(a, low).run(task);
     });
 }

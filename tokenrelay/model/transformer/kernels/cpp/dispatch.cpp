@@ -96,6 +96,8 @@ void tr_activation(const float* x, float* out, int64_t rows, int64_t columns, in
     kernels->activation(x, out, rows, columns, kind, gated);
 }
 
+void tr_argmax(const float* x, int64_t* best, int64_t rows, int64_t columns) { kernels->argmax(x, best, rows, columns); }
+
 void tr_forward(const Forward* params) { kernels->forward(params); }
 
 }  // extern "C"

@@ -37,11 +37,6 @@ TR_INLINE float widen_f16(uint16_t x) {
     float value = float_of(magnitude << 13) * 0x1p112f;
     return float_of((magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : bits_of(value)) | sign);
 }
-TR_INLINE void narrow(float x, float* to) { *to = x; }
-TR_INLINE void narrow(float x, bf16* to) {  // round to nearest even, as torch does; a NaN stays one
-    uint32_t bits = bits_of(x);
-    *to = x != x ? 0x7fc0 : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 constexpr float EXP_MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
 constexpr float EXP_MIN = -87.0f, EXP_MAX = 88.0f;
@@ -59,8 +54,6 @@ TR_INLINE f32x16 load(const bf16* p) {
 TR_INLINE f32x16 load(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
-template <class W> TR_INLINE f32x16 load_shuffled(const W* p) { return load(p); }
-template <class W> TR_INLINE f32x16 in_order(f32x16 a, const W*) { return a; }
 TR_INLINE f32x16 load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 TR_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
 TR_INLINE f32x16 broadcast(float x) { return {_mm512_set1_ps(x)}; }
@@ -96,18 +89,6 @@ TR_INLINE __m256 load_half(const int8_t* p) {
 }
 TR_INLINE f32x16 load(const bf16* p) { return {load_half(p), load_half(p + 8)}; }
 TR_INLINE f32x16 load(const int8_t* p) { return {load_half(p), load_half(p + 8)}; }
-// Two instructions instead of four: the even elements, then the odd ones.
-TR_INLINE f32x16 load_shuffled(const bf16* p) {
-    __m256i pairs = _mm256_loadu_si256((const __m256i*)p);
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
-            _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))))};
-}
-template <class W> TR_INLINE f32x16 load_shuffled(const W* p) { return load(p); }
-TR_INLINE f32x16 in_order(f32x16 a, const bf16*) {
-    __m256 low = _mm256_unpacklo_ps(a.lo, a.hi), high = _mm256_unpackhi_ps(a.lo, a.hi);
-    return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
-}
-template <class W> TR_INLINE f32x16 in_order(f32x16 a, const W*) { return a; }
 TR_INLINE f32x16 load_f16(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
 }
@@ -149,8 +130,6 @@ template <class F> TR_INLINE f32x16 each(F f) {
     return out;
 }
 template <class W> TR_INLINE f32x16 load(const W* p) { return each([=](int i) { return widen(p[i]); }); }
-template <class W> TR_INLINE f32x16 load_shuffled(const W* p) { return load(p); }
-template <class W> TR_INLINE f32x16 in_order(const f32x16& a, const W*) { return a; }
 TR_INLINE f32x16 load_f16(const uint16_t* p) { return each([=](int i) { return widen_f16(p[i]); }); }
 TR_INLINE void store(float* p, const f32x16& a) { __builtin_memcpy(p, a.v, sizeof a.v); }
 TR_INLINE f32x16 broadcast(float x) { return each([=](int) { return x; }); }
@@ -217,10 +196,10 @@ TR_INLINE void store_part(float* p, f32x16 a, size_t n) {
     for (size_t i = 0; i < n; i++) p[i] = lanes[i];
 }
 
-// e^x within 2 ulp on [-87, 88]: exactly 0 below, capped above, exactly 1 at 0.
+// e^x within 2 ulp from -87 to 0, exactly 0 below, exactly 1 at 0.
 // x = n ln2 + r; a polynomial (Cephes) gives e^r; n is added to the exponent bits.
-TR_INLINE f32x16 exp(f32x16 x) {
-    f32x16 capped = min(broadcast(EXP_MAX), max(x, broadcast(EXP_MIN)));
+TR_INLINE f32x16 exp_below_0(f32x16 x) {
+    f32x16 capped = max(x, broadcast(EXP_MIN));
     f32x16 rounded = fma(capped, broadcast(1.44269504088896341f), broadcast(EXP_MAGIC));
     f32x16 n = sub(rounded, broadcast(EXP_MAGIC));
     f32x16 r = fma(n, broadcast(-0.693359375f), capped);
@@ -234,6 +213,9 @@ TR_INLINE f32x16 exp(f32x16 x) {
     f32x16 power = add(fma(p, mul(r, r), r), broadcast(1.0f));
     return zero_where_below(times_power_of_two(power, rounded), x, EXP_MIN);
 }
+
+// The same up to 88, capped above.
+TR_INLINE f32x16 exp(f32x16 x) { return exp_below_0(min(broadcast(EXP_MAX), x)); }
 
 // Within 2^-22 of the true value, exactly 1 and -1 far from 0.
 TR_INLINE f32x16 tanh(f32x16 x) {

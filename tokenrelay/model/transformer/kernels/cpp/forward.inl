@@ -112,6 +112,7 @@ void add_in_parallel(const Forward& a, const Layer& layer) {
 
 void forward(const Forward* params) {
     const Forward& a = *params;
+    for_elements(a, [residual = a.residual](size_t i) { residual[i] = 0.0f; });
     for (int64_t i = 0; i < a.network.num_layers; i++) {
         if (a.network.parallel) add_in_parallel(a, a.network.layers[i]);
         else add_in_turn(a, a.network.layers[i]);

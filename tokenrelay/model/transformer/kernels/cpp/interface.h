@@ -7,14 +7,14 @@
 using f16 = uint16_t;  // IEEE half precision, as GGUF's scales
 
 enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SWIGLU_OAI };
-enum CacheType { FLOAT32, BFLOAT16, INT8 };
+enum CacheType { FLOAT32, INT16, INT8 };
 
-// K lies with keys as the lanes of a score vector, V with rows of whole vectors. An int8 vector stands for its elements
-// times its scale; the other types have no scales.
+// K lies with keys as the lanes of a score vector, V with rows of whole vectors. A vector of integers stands for its elements
+// times its scale; floats have no scales.
 struct KVCache {
-    void* keys;           // [blocks, KV, D, block_size]
-    void* values;         // [blocks, KV, block_size, D rounded up to 16]
-    float* key_scales;    // [blocks, KV, block_size]; null unless INT8
+    void* keys;           // [blocks, KV, D, block_size]; of integers [blocks, KV, D / 2 rounded up, block_size, 2]
+    void* values;         // [blocks, KV, block_size, D rounded up to 16]; of integers [.., block_size / 2, .., 2]
+    float* key_scales;    // [blocks, KV, block_size], of integers
     float* value_scales;  // the same
     int64_t key_stride, value_stride;  // elements from block to block
     int64_t num_kv_heads, head_dim, block_size, type;
@@ -64,7 +64,7 @@ struct QuantizedLinear {
     const f16* minima;      // the same, or null
     const float* bias;      // [N], or null
     float* out;             // [T, N]
-    void* scratch;          // T (2 K + 24 K / 32) bytes
+    void* scratch;          // T (2 K + 24 K / 32 + 4) bytes
     int64_t rows, in_features, out_features, bits;
 };
 
@@ -137,7 +137,7 @@ struct Network {
 struct Forward {
     Network network;
     float* x;                       // [T, C], embedded
-    float* residual;                // [T, C], zero
+    float* residual;                // [T, C]
     float* normed;                  // [T, C]
     float* wide;                    // [T, the widest of qkv and up]
     float* narrow;                  // [T, the wider of H D and what down takes]
@@ -174,6 +174,8 @@ struct Kernels {
     void (*paged_attention)(const AttentionParams* params);
     // gated: x[T, 2C], out = act(x[:, :C]) * x[:, C:]; otherwise x[T, C], out = act(x). SWIGLU_OAI is gated by definition.
     void (*activation)(const float* x, float* out, int64_t rows, int64_t columns, int64_t kind, int64_t gated);
+    // best[row] = the first index of the largest of x[rows, columns]
+    void (*argmax)(const float* x, int64_t* best, int64_t rows, int64_t columns);
     void (*forward)(const Forward* params);
 };
 

@@ -8,14 +8,14 @@ namespace {
 
 // Rows and panels of the micro-kernel: as many accumulators as the registers hold, and at least 8 to hide the latency of fma.
 #if defined(TR_AVX512)
-constexpr int REGISTERS = 32, MAX_ROWS = 8, QUANTIZED_ROWS = 6, QUANTIZED_PANELS = 2;
-constexpr int panels_for(int rows) { return rows <= 2 ? 4 : 2; }
+constexpr int REGISTERS = 32, MAX_ROWS = 8, QUANTIZED_ROWS = 6, QUANTIZED_PANELS = 2, LOW_ROWS = 6;
+constexpr int panels_for(int rows) { return rows <= 6 ? 4 : 2; }
 #elif defined(__x86_64__) && !defined(TR_AVX2)
 // Portable on x86 is only the tests' yardstick: compile little.
-constexpr int REGISTERS = 16, MAX_ROWS = 2, QUANTIZED_ROWS = 2, QUANTIZED_PANELS = 1;
+constexpr int REGISTERS = 16, MAX_ROWS = 2, QUANTIZED_ROWS = 2, QUANTIZED_PANELS = 1, LOW_ROWS = 1;
 constexpr int panels_for(int) { return 1; }
 #else
-constexpr int REGISTERS = 16, MAX_ROWS = 6, QUANTIZED_ROWS = 3, QUANTIZED_PANELS = 1;
+constexpr int REGISTERS = 16, MAX_ROWS = 6, QUANTIZED_ROWS = 3, QUANTIZED_PANELS = 1, LOW_ROWS = 4;
 constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #endif
 constexpr size_t ROW_BLOCK = 96, PANEL_GROUP = 2;  // one task of linear: whole tiles; neither changes the bits
@@ -52,4 +52,4 @@ template <int MOST = MAX_ROWS, class F> TR_INLINE void for_row_groups(size_t beg
 #include "forward.inl"
 
 const Kernels TR_KERNELS = {linear,    quantized_linear, quantized_rows,  norm<false>, norm<true>,
-                            head_norm, rotate_and_cache, paged_attention, activation,  forward};
+                            head_norm, rotate_and_cache, paged_attention, activation, argmax, forward};

@@ -3,15 +3,14 @@
 namespace {
 
 // The micro-kernel of both linear and attention: R rows times P panels of 16 columns, all accumulators in registers.
-// x: row r at x + r * x_stride.  w[p]: 16 columns for step k at w[p] + k * w_stride.  SHUFFLED: acc has its lanes in the
-// order of load_shuffled.
-template <bool SHUFFLED = false, int R, int P, class W>
+// x: row r at x + r * x_stride.  w[p]: 16 columns for step k at w[p] + k * w_stride.
+template <int R, int P, class W>
 TR_INLINE void multiply(f32x16 (&acc)[R][P], const float* x, size_t x_stride, const W* const (&w)[P], size_t w_stride,
                         size_t steps) {
     for (size_t k = 0; k < steps; k++) {
         if constexpr (REGISTERS == 32) {  // room for a column of each panel: x is read once for all
             f32x16 column[P];
-            for (int p = 0; p < P; p++) column[p] = SHUFFLED ? load_shuffled(w[p] + k * w_stride) : load(w[p] + k * w_stride);
+            for (int p = 0; p < P; p++) column[p] = load(w[p] + k * w_stride);
             for (int r = 0; r < R; r++) {
                 const f32x16 all = broadcast(x[r * x_stride + k]);
                 for (int p = 0; p < P; p++) acc[r][p] = fma(all, column[p], acc[r][p]);
@@ -19,7 +18,7 @@ TR_INLINE void multiply(f32x16 (&acc)[R][P], const float* x, size_t x_stride, co
             continue;
         }
         for (int p = 0; p < P; p++) {
-            const f32x16 column = SHUFFLED ? load_shuffled(w[p] + k * w_stride) : load(w[p] + k * w_stride);
+            const f32x16 column = load(w[p] + k * w_stride);
             for (int r = 0; r < R; r++) acc[r][p] = fma(broadcast(x[r * x_stride + k]), column, acc[r][p]);
             if (R > 2 && P > 1) asm("" : "+r"(x));  // read x again for the next panel: no register is left to keep it in
         }

@@ -14,15 +14,42 @@ TR_INLINE int32_t sum(__m128i a) {
 #if defined(TR_AVX512)
 
 struct i32x16 { __m512i v; };
-TR_INLINE i32x16 no_sum() { return {_mm512_setzero_si512()}; }
+TR_INLINE i32x16 all(int32_t x) { return {_mm512_set1_epi32(x)}; }
 TR_INLINE i32x16 minus(i32x16 a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512_set1_epi32(b))}; }
 TR_INLINE i32x16 plus(i32x16 a, i32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 TR_INLINE i32x16 times_256(i32x16 a) { return {_mm512_slli_epi32(a.v, 8)}; }
 TR_INLINE f32x16 to_float(i32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+TR_INLINE f32x16 float_of(i32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
+TR_INLINE i32x16 bits_of(f32x16 a) { return {_mm512_castps_si512(a.v)}; }
 TR_INLINE __m512i four(const int8_t* x) {
     int32_t all;
     __builtin_memcpy(&all, x, 4);
     return _mm512_set1_epi32(all);
+}
+
+TR_INLINE void store_rounded(int16_t* to, f32x16 a) {
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
+}
+TR_INLINE __m512i load_pairs(const int16_t* w) { return _mm512_loadu_si512(w); }
+TR_INLINE __m512i load_pairs(const int8_t* w) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w)); }
+
+// In assembly: compilers would copy every sum before and after.
+TR_INLINE void add_pair(i32x16& sum, __m512i w, __m512i x) {
+    asm("vpdpwssd %[x], %[w], %[sum]" : [sum] "+v"(sum.v) : [w] "v"(w), [x] "v"(x));
+}
+
+// As `multiply` of floats, two k at a time.
+template <int R, int P, class W>
+TR_INLINE void multiply(i32x16 (&sums)[R][P], const int16_t* x, size_t x_stride, const W* const (&w)[P], size_t w_stride,
+                        size_t steps) {
+    for (size_t k = 0; k < steps; k++) {
+        __m512i column[P];
+        for (int p = 0; p < P; p++) column[p] = load_pairs(w[p] + k * w_stride);
+        for (int r = 0; r < R; r++) {
+            const __m512i all = four((const int8_t*)(x + r * x_stride + 2 * k));
+            for (int p = 0; p < P; p++) add_pair(sums[r][p], column[p], all);
+        }
+    }
 }
 
 // to [GROUP] = from * factor, rounded to even; returns their sum.
@@ -34,6 +61,65 @@ TR_INLINE int32_t round_group(const float* from, float factor, int8_t* to) {
     _mm_storeu_si128((__m128i*)to + 1, right);
     const __m128i one = _mm_set1_epi8(1);
     return sum(_mm_dpbusd_epi32(_mm_dpbusd_epi32(_mm_setzero_si128(), one, left), one, right));
+}
+
+// What 16 lanes hold of four groups each, brought together: lane i of a 128-bit part is of group i.
+TR_INLINE __m512i lanes(__m512i a, __m512i b, bool high) { return high ? _mm512_unpackhi_epi32(a, b) : _mm512_unpacklo_epi32(a, b); }
+TR_INLINE __m512i pairs(__m512i a, __m512i b, bool high) { return high ? _mm512_unpackhi_epi64(a, b) : _mm512_unpacklo_epi64(a, b); }
+template <class F> TR_INLINE __m512i fold_lanes(const __m512i* of, F f) {
+    const __m512i left = f(lanes(of[0], of[1], false), lanes(of[0], of[1], true));
+    const __m512i right = f(lanes(of[2], of[3], false), lanes(of[2], of[3], true));
+    return f(pairs(left, right, false), pairs(left, right, true));
+}
+
+// Four groups at a time; what is left, and what a lesser machine does, is below.
+TR_INLINE size_t largest_of_fours(const float* x, size_t groups, float* largest, f32x16& squares) {
+    const __m512i size = _mm512_set1_epi32(0x7fffffff);
+    size_t g = 0;
+    for (; g + 4 <= groups; g += 4) {
+        __m512i of[4];
+        for (int i = 0; i < 4; i++) {
+            const f32x16 left = load(x + (g + i) * GROUP), right = load(x + (g + i) * GROUP + 16);
+            squares = fma(right, right, fma(left, left, squares));
+            // sizes of floats are ordered as their bits
+            of[i] = _mm512_max_epi32(_mm512_and_si512(bits_of(left).v, size), _mm512_and_si512(bits_of(right).v, size));
+        }
+        const __m512i all = fold_lanes(of, [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); });
+        const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+        const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+        _mm_storeu_si128((__m128i*)(largest + g), four);
+    }
+    return g;
+}
+
+TR_INLINE __m512i rounded(const float* x, float factor) {
+    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(factor)));
+}
+
+TR_INLINE size_t round_eights(const float* x, size_t groups, const float* factors, int8_t* to, size_t next, int32_t* sums,
+                              size_t next_sum) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), one = _mm512_set1_epi8(1);
+    size_t g = 0;
+    for (; g + 8 <= groups; g += 8) {
+        __m512i of[4];
+        for (int i = 0; i < 4; i++) {
+            const float *first = x + (g + 2 * i) * GROUP, *second = first + GROUP, *factor = factors + g + 2 * i;
+            const __m512i a = _mm512_packs_epi32(rounded(first, factor[0]), rounded(first + 16, factor[0]));
+            const __m512i b = _mm512_packs_epi32(rounded(second, factor[1]), rounded(second + 16, factor[1]));
+            const __m512i both = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(a, b));
+            _mm256_storeu_si256((__m256i*)(to + (g + 2 * i) * next), _mm512_castsi512_si256(both));
+            _mm256_storeu_si256((__m256i*)(to + (g + 2 * i + 1) * next), _mm512_extracti64x4_epi64(both, 1));
+            of[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, both);
+        }
+        const __m512i quarters = fold_lanes(of, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
+        alignas(64) int32_t part[16];
+        _mm512_store_si512(part, _mm512_add_epi32(quarters, _mm512_shuffle_i64x2(quarters, quarters, 0b10110001)));
+        for (int i = 0; i < 4; i++) {
+            sums[(g + 2 * i) * next_sum] = part[i];
+            sums[(g + 2 * i + 1) * next_sum] = part[8 + i];
+        }
+    }
+    return g;
 }
 
 // Each activation is fetched once for P panels: the loads, not the products, would be what limits it.
@@ -68,7 +154,7 @@ TR_INLINE void add_products(const uint8_t* const (&w)[P], X x, i32x16 (&sums)[P]
 #elif defined(TR_AVX2)
 
 struct i32x16 { __m256i lo, hi; };
-TR_INLINE i32x16 no_sum() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+TR_INLINE i32x16 all(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 TR_INLINE i32x16 minus(i32x16 a, int32_t b) {
     __m256i value = _mm256_set1_epi32(b);
     return {_mm256_sub_epi32(a.lo, value), _mm256_sub_epi32(a.hi, value)};
@@ -76,10 +162,34 @@ TR_INLINE i32x16 minus(i32x16 a, int32_t b) {
 TR_INLINE i32x16 plus(i32x16 a, i32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 TR_INLINE i32x16 times_256(i32x16 a) { return {_mm256_slli_epi32(a.lo, 8), _mm256_slli_epi32(a.hi, 8)}; }
 TR_INLINE f32x16 to_float(i32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+TR_INLINE f32x16 float_of(i32x16 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+TR_INLINE i32x16 bits_of(f32x16 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
 TR_INLINE __m256i four(const int8_t* x) {
     int32_t all;
     __builtin_memcpy(&all, x, 4);
     return _mm256_set1_epi32(all);
+}
+
+TR_INLINE void store_rounded(int16_t* to, f32x16 a) {
+    const __m256i halves = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
+    _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(halves, 0b11011000));
+}
+TR_INLINE __m256i load_pairs(const int16_t* w) { return _mm256_loadu_si256((const __m256i*)w); }
+TR_INLINE __m256i load_pairs(const int8_t* w) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w)); }
+
+// As `multiply` of floats, two k at a time.
+template <int R, int P, class W>
+TR_INLINE void multiply(i32x16 (&sums)[R][P], const int16_t* x, size_t x_stride, const W* const (&w)[P], size_t w_stride,
+                        size_t steps) {
+    for (size_t k = 0; k < steps; k++)
+        for (int p = 0; p < P; p++) {
+            const __m256i lo = load_pairs(w[p] + k * w_stride), hi = load_pairs(w[p] + k * w_stride + 16);
+            for (int r = 0; r < R; r++) {
+                const __m256i all = four((const int8_t*)(x + r * x_stride + 2 * k));
+                sums[r][p].lo = _mm256_add_epi32(sums[r][p].lo, _mm256_madd_epi16(lo, all));
+                sums[r][p].hi = _mm256_add_epi32(sums[r][p].hi, _mm256_madd_epi16(hi, all));
+            }
+        }
 }
 
 // to [GROUP] = from * factor, rounded to even; returns their sum.
@@ -214,7 +324,11 @@ TR_INLINE void add_products(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1]
 #else
 
 struct i32x16 { int32_t v[16]; };
-TR_INLINE i32x16 no_sum() { return {}; }
+TR_INLINE i32x16 all(int32_t x) {
+    i32x16 out;
+    for (int32_t& value : out.v) value = x;
+    return out;
+}
 TR_INLINE i32x16 minus(i32x16 a, int32_t b) {
     for (int32_t& value : a.v) value -= b;
     return a;
@@ -227,12 +341,32 @@ TR_INLINE i32x16 times_256(i32x16 a) {
     for (int32_t& value : a.v) value *= 256;
     return a;
 }
+TR_INLINE void store_rounded(int16_t* to, const f32x16& a) {
+    for (int i = 0; i < 16; i++) to[i] = int16_t(round_to_even(a.v[i]));
+}
+
+// As `multiply` of floats, two k at a time.
+template <int R, int P, class W>
+TR_INLINE void multiply(i32x16 (&sums)[R][P], const int16_t* x, size_t x_stride, const W* const (&w)[P], size_t w_stride,
+                        size_t steps) {
+    for (size_t k = 0; k < steps; k++)
+        for (int r = 0; r < R; r++)
+            for (int p = 0; p < P; p++)
+                for (int i = 0; i < 32; i++) sums[r][p].v[i / 2] += w[p][k * w_stride + i] * x[r * x_stride + 2 * k + i % 2];
+}
+
 TR_INLINE int32_t round_group(const float* from, float factor, int8_t* to) {
     int32_t sum = 0;
     for (size_t i = 0; i < GROUP; i++) sum += to[i] = int8_t(round_to_even(from[i] * factor));
     return sum;
 }
 TR_INLINE f32x16 to_float(const i32x16& a) { return each([&](int i) { return float(a.v[i]); }); }
+TR_INLINE f32x16 float_of(const i32x16& a) { return each([&](int i) { return float_of(uint32_t(a.v[i])); }); }
+TR_INLINE i32x16 bits_of(const f32x16& a) {
+    i32x16 out;
+    for (int i = 0; i < 16; i++) out.v[i] = int32_t(bits_of(a.v[i]));
+    return out;
+}
 
 template <int BITS, int R, class X>
 TR_INLINE void add_products(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
@@ -249,6 +383,33 @@ TR_INLINE void add_products(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1]
 
 #endif
 
+#if !defined(TR_AVX512)
+TR_INLINE size_t largest_of_fours(const float*, size_t, float*, f32x16&) { return 0; }
+TR_INLINE size_t round_eights(const float*, size_t, const float*, int8_t*, size_t, int32_t*, size_t) { return 0; }
+#endif
+
+// max |x| of each group; returns the sums of squares.
+TR_INLINE f32x16 largest_of_groups(const float* x, size_t groups, float* largest) {
+    f32x16 squares = broadcast(0.0f), zero = squares;
+    for (size_t g = largest_of_fours(x, groups, largest, squares); g < groups; g++) {
+        const f32x16 left = load(x + g * GROUP), right = load(x + g * GROUP + 16);
+        squares = fma(right, right, fma(left, left, squares));
+        largest[g] = maximum(max(max(left, sub(zero, left)), max(right, sub(zero, right))));
+    }
+    return squares;
+}
+
+// Each group times its factor, rounded to even; a group's integers begin `next` after those before, its sum `next_sum`.
+TR_INLINE void round_groups(const float* x, size_t groups, const float* factors, int8_t* to, size_t next, int32_t* sums,
+                            size_t next_sum) {
+    for (size_t g = round_eights(x, groups, factors, to, next, sums, next_sum); g < groups; g++)
+        sums[g * next_sum] = round_group(x + g * GROUP, factors[g], to + g * next);
+}
+
+template <class Sum> Sum nothing();
+template <> TR_INLINE f32x16 nothing<f32x16>() { return broadcast(0.0f); }
+template <> TR_INLINE i32x16 nothing<i32x16>() { return all(0); }
+
 // Weights as they are multiplied, in tiles of at most ROWS rows and PANELS panels: as they lie, or unpacked to more bits before.
 template <int PACKED_BITS, int MULTIPLIED_BITS = PACKED_BITS> struct Integers {
     static constexpr int BITS = PACKED_BITS, ROWS = QUANTIZED_ROWS, PANELS = QUANTIZED_PANELS;
@@ -259,7 +420,7 @@ template <int PACKED_BITS, int MULTIPLIED_BITS = PACKED_BITS> struct Integers {
     template <int R, int P, class X> TR_INLINE static void add_high(const uint8_t* const (&w)[P], X x, i32x16 (&sums)[P][R]) {
         add_products<MULTIPLIED_BITS>(w, x, sums);
     }
-    template <int R, class X> TR_INLINE static void add_low(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
+    template <int R, int P, class X> TR_INLINE static void add_low(const uint8_t* const (&w)[P], X x, i32x16 (&sums)[P][R]) {
         add_products<MULTIPLIED_BITS>(w, x, sums);
     }
 };

@@ -1,8 +1,11 @@
 // quantized_linear: weights of 8 or 4 bits, activations of 8, and of 16 where they stick out; in groups of 32 along K.
 //
 // Within a group the products are summed as integers, which is exact in any order; then, groups ascending,
-//   acc = fma(sum, x_scale * w_scale, acc), and acc = fma(x_scale * sum of x, minimum, acc) where weights have one;
-// and + bias at the end. So a row's bits depend on nothing but the row, whatever instructions do the sums.
+//   acc = fma(sum * w_scale, x_scale, acc), and acc = fma(x_scale * sum of x, minimum, acc) where weights have one;
+// low halves are summed in the same way by themselves, and added after every 24 groups; + bias at the end. So a row's bits depend on nothing but the row, whatever instructions do the sums.
+//
+// A sum begins as the bits of the float 1.5 * 2^23, so its own are those of that float plus the sum: no conversion is needed, and
+// fma(1.5 * 2^23 + sum, w_scale, -1.5 * 2^23 * w_scale) is their product, rounded once.
 //
 // An activation is 256 * high + low. Most groups have only the high half; a group far above the row's mean would drown
 // the rest of the output in its rounding, so it has both. (the outliers of LLM.int8(), by group instead of by column)
@@ -12,45 +15,37 @@ constexpr float HIGH = 127.0f, BOTH = 127.0f * 256.0f;  // the largest integers
 constexpr float OUTLIER = 36.0f;  // largest element squared, over the row's mean square
 constexpr float TINY = 1e-24f;    // below, a group counts as zero: its factor would overflow, its products lose bits
 
-// Of K at a time: spread out 24 KiB, in the first cache with the rows' activations.
-constexpr size_t BLOCK_GROUPS = 48 / QUANTIZED_PANELS;
-constexpr size_t MOST_OUTLIERS = ROW_BLOCK * BLOCK_GROUPS;  // of a block of rows and of K
+constexpr int32_t MAGIC = 3 << 22, MAGIC_BITS = 0x4b400000;  // 1.5 * 2^23, and as a float
 
-// So many rows' activations lie interleaved, as their tile reads them: four of each row, or a scale of each row, after each other.
+// Of K at a time: spread out 24 KiB, in the first cache with the rows' activations.
+constexpr size_t BLOCK_GROUPS = 24;  // part of the result's definition
+// So many rows lie interleaved, as their tile reads them: a group of each row, or its scale, after each other.
 constexpr size_t INTERLEAVED = QUANTIZED_PANELS > 1 ? QUANTIZED_ROWS : 1;
 static_assert(ROW_BLOCK % INTERLEAVED == 0, "a block begins with a tile");
 
-// A group with low halves, and their sum.
-struct Outlier { uint32_t group; int32_t sum; };
+struct Range { size_t begin, end; };
 
-// The outliers of some rows in a block of K, sorted by group: rows that have the same one multiply its weights together, wherever
-// they are, and no others need to. Their products with a panel lie row after row.
-template <int ROWS> struct Outliers {
-    size_t row_begin, row_end, begin, end;      // rows, at most ROW_BLOCK, and groups
-    uint16_t of_group[BLOCK_GROUPS + 1];        // where each group's begin in the three that follow
-    uint8_t rows[MOST_OUTLIERS];     // from row_begin on
-    int16_t sums[MOST_OUTLIERS];     // of low halves
-    uint16_t places[MOST_OUTLIERS];  // of their products
-    uint16_t of_row[ROW_BLOCK];                 // where each row's products begin
-    uint8_t of_tile[ROW_BLOCK][BLOCK_GROUPS];   // bit r: row r of the tile has one; a tile is ROWS rows
-};
+// The rows of a block that have low halves in each group of a block of K, from the first row on: these are multiplied together.
+struct Outliers { uint8_t count[BLOCK_GROUPS], rows[BLOCK_GROUPS][ROW_BLOCK]; };
 
 struct Quantized {
     const QuantizedLinear& a;
     size_t groups;
-    float* scales;      // [T, groups] interleaved: of the integers, which are 256 high + low in outliers, else high
-    float* totals;      // the same: scale times the sum of the integers
-    int32_t* sums;      // the same: of the integers without their low halves
-    Outlier* outliers;  // [T, groups]: of each row as many as it has, groups ascending
+    float* scales;      // [T, groups] interleaved: of the high halves
+    float* totals;      // the same: the group's sum, low halves included, as a number
+    int32_t* sums;      // the same: of the high halves
+    int32_t* low_sums;  // [T, groups], in outliers only: of the low halves
+    float* low_scales;  // the same: of the low halves
+    uint32_t* outliers; // [T, groups]: of each row as many as it has, ascending
     uint32_t* counts;   // [T], of outliers
     int8_t* high;       // [T, K] interleaved
     int8_t* low;        // [T, K], in outliers only
 
     explicit Quantized(const QuantizedLinear& params)
         : a(params), groups(a.in_features / GROUP), scales((float*)a.scratch), totals(scales + a.rows * groups),
-          sums((int32_t*)(totals + a.rows * groups)), outliers((Outlier*)(sums + a.rows * groups)),
-          counts((uint32_t*)(outliers + a.rows * groups)), high((int8_t*)(counts + a.rows)),
-          low(high + a.rows * a.in_features) {}
+          sums((int32_t*)(totals + a.rows * groups)), low_sums(sums + a.rows * groups),
+          low_scales((float*)(low_sums + a.rows * groups)), outliers((uint32_t*)(low_scales + a.rows * groups)),
+          counts(outliers + a.rows * groups), high((int8_t*)(counts + a.rows)), low(high + a.rows * a.in_features) {}
 
     size_t panel_count() const { return (a.out_features + 15) / 16; }
 
@@ -58,51 +53,47 @@ struct Quantized {
     size_t tile_begin(size_t row) const { return row / INTERLEAVED * INTERLEAVED; }
     size_t tile_rows(size_t row) const { return INTERLEAVED == 1 ? 1 : least(INTERLEAVED, a.rows - tile_begin(row)); }
 
-    // Integers x * (largest integer / max |x|), rounded to even, to every `step`th four bytes; returns the sum of low halves.
-    template <bool IS_OUTLIER>
-    int32_t quantize_group(const float* from, size_t at, float highest, int8_t* to, size_t step, int8_t* to_low) const {
-        const float largest = IS_OUTLIER ? BOTH : HIGH, factor = highest > TINY ? largest / highest : 0.0f;
-        int8_t integers[GROUP];
+    // 16 bits instead of 8.
+    void quantize_outlier(size_t row, size_t g, size_t at, float highest) const {
+        const float *from = a.x + row * a.in_features + g * GROUP, factor = BOTH / highest, scale = highest / BOTH;
+        int8_t *to = high + at * GROUP, *to_low = low + row * a.in_features + g * GROUP;
         int32_t sum = 0, low_sum = 0;
-        if constexpr (IS_OUTLIER) {
-            for (size_t i = 0; i < GROUP; i++) {
-                const int32_t integer = round_to_even(from[i] * factor);
-                const int32_t upper = (integer + 128) >> 8;
-                integers[i] = int8_t(upper), to_low[i] = int8_t(integer - upper * 256);
-                sum += upper * 256, low_sum += to_low[i];
-            }
-        } else {
-            sum = round_group(from, factor, integers);
+        for (size_t i = 0; i < GROUP; i++) {
+            const int32_t integer = round_to_even(from[i] * factor), upper = (integer + 128) >> 8;
+            to[i] = int8_t(upper), to_low[i] = int8_t(integer - upper * 256);
+            sum += upper, low_sum += to_low[i];
         }
-        for (size_t i = 0; i < GROUP; i += 4) __builtin_memcpy(to + i * step, integers + i, 4);
-        scales[at] = highest > TINY ? highest / largest : 0.0f;
-        sums[at] = sum;
-        totals[at] = scales[at] * float(sum + low_sum);
-        return low_sum;
+        scales[at] = 256.0f * scale, low_scales[row * groups + g] = scale;
+        sums[at] = sum, low_sums[row * groups + g] = low_sum;
+        totals[at] = scale * float(sum * 256 + low_sum);
     }
 
-    // A NaN or an infinity makes all scales of its row NaN.
+    // Integers x * (largest integer / max |x| of the group), rounded to even. A NaN or an infinity makes all scales of its row
+    // NaN: enough, for every output has a product with each.
     void quantize_row(size_t row) const {
-        const size_t step = tile_rows(row), first = tile_begin(row), place = row - first, begin = first * groups + place;
+        const size_t step = tile_rows(row), first = tile_begin(row), begin = first * groups + row - first;
+        const size_t padded = (groups + 15) / 16 * 16;
         const float* from = a.x + row * a.in_features;
-        f32x16 squares = broadcast(0.0f), zero = broadcast(0.0f);
-        for (size_t g = 0; g < groups; g++) {
-            f32x16 left = load(from + g * GROUP), right = load(from + g * GROUP + 16);
-            squares = fma(right, right, fma(left, left, squares));
-            scales[begin + g * step] = maximum(max(max(left, sub(zero, left)), max(right, sub(zero, right))));
-        }
-        const float total = sum(squares), limit = OUTLIER * total / float(a.in_features);
+        auto* highest = static_cast<float*>(__builtin_alloca(3 * padded * sizeof(float)));
+        float *factors = highest + padded, *steps = factors + padded;
+        for (size_t g = groups; g < padded; g++) highest[g] = 0.0f;
+        const float total = sum(largest_of_groups(from, groups, highest)), limit = OUTLIER * total / float(a.in_features);
         const bool finite = total < __builtin_inff();
-        int8_t *to = high + first * a.in_features + place * 4, *to_low = low + row * a.in_features;
+        const f32x16 most = broadcast(HIGH);
+        for (size_t g = 0; g < padded; g += 16) {
+            const f32x16 largest = load(highest + g);
+            store(factors + g, finite ? zero_where_below(div(most, largest), largest, TINY) : broadcast(0.0f));
+            store(steps + g, finite ? zero_where_below(div(largest, most), largest, TINY) : broadcast(__builtin_nanf("")));
+        }
+        round_groups(from, groups, factors, high + begin * GROUP, step * GROUP, sums + begin, step);
         uint32_t count = 0;
-        for (size_t g = 0, at = begin; g < groups; g++, at += step, from += GROUP, to += GROUP * step, to_low += GROUP) {
-            const float largest = finite ? scales[at] : 0.0f;
-            if (largest * largest > limit) {
-                outliers[row * groups + count++] = {uint32_t(g), quantize_group<true>(from, at, largest, to, step, to_low)};
-            } else {
-                quantize_group<false>(from, at, largest, to, step, to_low);
+        for (size_t g = 0, at = begin; g < groups; g++, at += step) {
+            scales[at] = steps[g];
+            totals[at] = steps[g] * float(sums[at]);
+            if (finite && highest[g] > TINY && highest[g] * highest[g] > limit) {
+                quantize_outlier(row, g, at, highest[g]);
+                outliers[row * groups + count++] = g;
             }
-            if (!finite) scales[at] = __builtin_nanf("");  // enough: every output has a product with it
         }
         counts[row] = count;
     }
@@ -115,104 +106,97 @@ struct Quantized {
         });
     }
 
-    // f(group in the block, sum of low halves) for a row's outliers in a block of K.
-    template <class F> void for_outliers(size_t row, size_t begin, size_t end, F f) const {
-        for (const Outlier *i = outliers + row * groups, *last = i + counts[row]; i < last && i->group < end; i++)
-            if (i->group >= begin) f(i->group - begin, i->sum);
-    }
-
-    template <int ROWS> void sort_outliers(Outliers<ROWS>& of) const {
-        const size_t rows = of.row_end - of.row_begin;
-        uint16_t next[BLOCK_GROUPS + 1] = {}, place = 0;
-        __builtin_memset(of.of_tile, 0, (rows + ROWS - 1) / ROWS * BLOCK_GROUPS);
-        for (size_t row = 0; row < rows; row++)
-            for_outliers(of.row_begin + row, of.begin, of.end, [&](size_t g, int32_t) {
-                next[g + 1]++;
-                of.of_tile[row / ROWS][g] |= 1 << row % ROWS;
-            });
-        for (size_t g = 0; g < BLOCK_GROUPS; g++) next[g + 1] += next[g];
-        __builtin_memcpy(of.of_group, next, sizeof next);
-        for (size_t row = 0; row < rows; row++) {
-            of.of_row[row] = place;
-            for_outliers(of.row_begin + row, of.begin, of.end, [&](size_t g, int32_t sum) {
-                of.rows[next[g]] = row, of.sums[next[g]] = sum, of.places[next[g]++] = place++;
-            });
-        }
-    }
-
-    // A panel's products with the low halves of outliers.
-    template <class Weights>
-    __attribute__((noinline)) void multiply_low(const Outliers<Weights::ROWS>& of, const uint8_t* w, i32x16* products) const {
-        for (size_t g = of.begin; g < of.end; g++, w += Weights::GROUP_BYTES) {
-            const uint16_t* first = of.of_group + (g - of.begin);
-            for_row_groups<4>(first[0], first[1], [&](size_t i, auto count) {
-                constexpr int R = decltype(count)::value;
-                const int8_t* x[R];
-                const uint8_t* const group[1] = {w};
-                i32x16 sum[1][R];
-                for (int r = 0; r < R; r++) x[r] = low + (of.row_begin + of.rows[i + r]) * a.in_features + g * GROUP;
-                for (int r = 0; r < R; r++) sum[0][r] = no_sum();
-                Weights::add_low(group, [&](int r, size_t k) { return x[r] + k; }, sum);
-                for (int r = 0; r < R; r++)
-                    products[of.places[i + r]] = Weights::BITS == 8 ? minus(sum[0][r], 128 * of.sums[i + r]) : sum[0][r];
-            });
-        }
-    }
-
     // out [R, 16] of each of P panels, or 0 at first, += a block of K; w: the panels' weights. A function of its own: whatever
     // else is here costs it registers.
     template <class Weights, int R>
     __attribute__((noinline)) void add_groups(float* const (&out)[Weights::PANELS], size_t next_out, size_t row,
                                               const size_t (&panels)[Weights::PANELS],
-                                              const uint8_t* const (&weights)[Weights::PANELS],
-                                              const Outliers<Weights::ROWS>& of, const i32x16* low_products) const {
+                                              const uint8_t* const (&weights)[Weights::PANELS], Range of,
+                                              const float* const (&low_products)[Weights::PANELS]) const {
         constexpr int P = Weights::PANELS;
-        constexpr bool IS_TILE = INTERLEAVED > 1;
+        constexpr bool IS_TILE = INTERLEAVED > 1, IS_SHIFTED = Weights::BITS == 8 && !Weights::SIGNED;  // by 128
         static_assert(!IS_TILE || Weights::ROWS == INTERLEAVED, "rows are multiplied as they were interleaved");
         const size_t next_row = IS_TILE ? 1 : groups, next_group = IS_TILE ? R : 1;  // in scales, totals and sums
-        const uint8_t* has_outlier = of.of_tile[(row - of.row_begin) / Weights::ROWS];
-        const i32x16* low_sum[R];
         const uint8_t* w[P];
         f32x16 total[P][R];
         for (int p = 0; p < P; p++) w[p] = weights[p];
-        for (int r = 0; r < R; r++) low_sum[r] = low_products + of.of_row[row - of.row_begin + r];
         for (int p = 0; p < P; p++)
             for (int r = 0; r < R; r++) total[p][r] = of.begin ? load(out[p] + r * next_out) : broadcast(0.0f);
         for (size_t g = of.begin; g < of.end; g++) {
             const size_t at = row * groups + g * next_group;
             i32x16 sum[P][R];
-            for (int p = 0; p < P; p++)
-                for (int r = 0; r < R; r++) sum[p][r] = no_sum();
-            Weights::add_high(w, [x = high + at * GROUP, next = a.in_features](int r, size_t k) {
-                return IS_TILE ? x + k * R + r * 4 : x + r * next + k;
+            for (int r = 0; r < R; r++) {
+                const i32x16 first = all(IS_SHIFTED ? MAGIC_BITS - 128 * sums[at + r * next_row] : MAGIC_BITS);
+                for (int p = 0; p < P; p++) sum[p][r] = first;
+            }
+            Weights::add_high(w, [x = high + at * GROUP, next = next_row * GROUP](int r, size_t k) {
+                return x + r * (IS_TILE ? GROUP : next) + k;
             }, sum);
-            for (int p = 0; p < P; p++) w[p] += Weights::GROUP_BYTES;
-            if (const unsigned rows = has_outlier[g - of.begin])
-                for (int r = 0; r < R; r++)
-                    if (rows >> r & 1) {
-                        for (int p = 0; p < P; p++)
-                            sum[p][r] = plus(times_256(sum[p][r]), low_sum[r][p * MOST_OUTLIERS]);
-                        low_sum[r]++;
-                    }
             for (int p = 0; p < P; p++) {
-                const f32x16 scale = load_f16(a.scales + (panels[p] * groups + g) * 16);
-                for (int r = 0; r < R; r++) {
-                    if (Weights::BITS == 8 && !Weights::SIGNED) sum[p][r] = minus(sum[p][r], 128 * sums[at + r * next_row]);
-                    total[p][r] = fma(to_float(sum[p][r]), mul(broadcast(scales[at + r * next_row]), scale), total[p][r]);
-                }
+                w[p] += Weights::GROUP_BYTES;
+                const f32x16 scale = load_f16(a.scales + (panels[p] * groups + g) * 16), magic = mul(scale, broadcast(-float(MAGIC)));
+                for (int r = 0; r < R; r++)
+                    total[p][r] = fma(fma(float_of(sum[p][r]), scale, magic), broadcast(scales[at + r * next_row]), total[p][r]);
                 if (Weights::BITS == 8) continue;
                 const f32x16 lowest = load_f16(a.minima + (panels[p] * groups + g) * 16);
                 for (int r = 0; r < R; r++) total[p][r] = fma(broadcast(totals[at + r * next_row]), lowest, total[p][r]);
             }
         }
         for (int p = 0; p < P; p++)
-            for (int r = 0; r < R; r++) store(out[p] + r * next_out, total[p][r]);
+            for (int r = 0; r < R; r++) store(out[p] + r * next_out, add(total[p][r], load(low_products[p] + r * 16)));
+    }
+
+    Outliers sort_outliers(Range rows, Range of) const {
+        Outliers sorted;
+        __builtin_memset(sorted.count, 0, sizeof sorted.count);
+        for (size_t row = rows.begin; row < rows.end; row++)
+            for (const uint32_t *i = outliers + row * groups, *last = i + counts[row]; i < last && *i < of.end; i++)
+                if (*i >= of.begin) sorted.rows[*i - of.begin][sorted.count[*i - of.begin]++] = row - rows.begin;
+        return sorted;
+    }
+
+    // A block's products with low halves: to [P][rows][16].
+    template <class Weights>
+    __attribute__((noinline)) void multiply_low(const size_t (&panels)[Weights::PANELS],
+                                                const uint8_t* const (&weights)[Weights::PANELS], size_t row_begin, Range of,
+                                                const Outliers& sorted, float (*to)[ROW_BLOCK * 16]) const {
+        constexpr int P = Weights::PANELS;
+        for (size_t g = of.begin; g < of.end; g++) {
+            const uint8_t *rows = sorted.rows[g - of.begin], *w[P];
+            f32x16 scale[P];
+            for (int p = 0; p < P; p++) {
+                w[p] = weights[p] + (g - of.begin) * Weights::GROUP_BYTES;
+                scale[p] = load_f16(a.scales + (panels[p] * groups + g) * 16);
+            }
+            for_row_groups<LOW_ROWS>(0, sorted.count[g - of.begin], [&](size_t first, auto count) {
+                constexpr int R = decltype(count)::value;
+                size_t row[R];
+                const int8_t* x[R];
+                i32x16 sum[P][R];
+                for (int r = 0; r < R; r++) {
+                    row[r] = rows[first + r];
+                    const size_t at = (row_begin + row[r]) * groups + g;
+                    x[r] = low + at * GROUP;
+                    const i32x16 begin = all(Weights::BITS == 8 ? -128 * low_sums[at] : 0);
+                    for (int p = 0; p < P; p++) sum[p][r] = begin;
+                }
+                Weights::add_low(w, [&](int r, size_t k) { return x[r] + k; }, sum);
+#pragma GCC unroll 2
+                for (int p = 0; p < P; p++)
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; r++) {
+                        const f32x16 x_scale = broadcast(low_scales[(row_begin + row[r]) * groups + g]);
+                        float* of_row = to[p] + row[r] * 16;
+                        store(of_row, fma(mul(to_float(sum[p][r]), scale[p]), x_scale, load(of_row)));
+                    }
+            });
+        }
     }
 
     // A block of K that does not begin at 0 goes on with what is in out. A panel of fewer than 16 columns is computed beside it.
     template <class Weights, int R>
     void tile(size_t row, const size_t (&panels)[Weights::PANELS], const uint8_t* const (&w)[Weights::PANELS],
-              const Outliers<Weights::ROWS>& of, const i32x16* low_products) const {
+              Range of, const float* const (&low_products)[Weights::PANELS]) const {
         constexpr int P = Weights::PANELS;
         const size_t next = a.out_features, row_out = row * next;
         float* out[P];
@@ -239,8 +223,7 @@ struct Quantized {
     // Weights that are unpacked come from memory, panels that lie so far ahead, beside these; what is read as it lies, the
     // processor foresees.
     template <class Weights>
-    void multiply_block(const size_t (&panels)[Weights::PANELS], size_t ahead, const Outliers<Weights::ROWS>& of,
-                        i32x16* low_products) const {
+    void multiply_block(const size_t (&panels)[Weights::PANELS], size_t ahead, Range rows, Range of, const Outliers& sorted) const {
         constexpr size_t P = Weights::PANELS;
         alignas(64) uint8_t room[P][BLOCK_GROUPS * Weights::GROUP_BYTES];
         const size_t bytes = (of.end - of.begin) * Weights::PACKED_BYTES;
@@ -248,36 +231,36 @@ struct Quantized {
         for (size_t p = 0; p < P; p++) {
             packed[p] = a.panels + (panels[p] * groups + of.begin) * Weights::PACKED_BYTES;
             w[p] = Weights::unpack(packed[p], room[p], bytes);
-            multiply_low<Weights>(of, w[p], low_products + p * MOST_OUTLIERS);
         }
-        const size_t share = bytes * Weights::ROWS / (of.row_end - of.row_begin) + 64;
+        alignas(64) float low_products[P][ROW_BLOCK * 16];
+        for (auto& products : low_products) __builtin_memset(products, 0, (rows.end - rows.begin) * 16 * sizeof(float));
+        multiply_low<Weights>(panels, w, rows.begin, of, sorted, low_products);
+        const size_t share = bytes * Weights::ROWS / (rows.end - rows.begin) + 64;
         size_t fetched = 0, wanted = ahead && w[0] != packed[0] ? bytes : 0;
-        for_row_groups<Weights::ROWS>(of.row_begin, of.row_end, [&](size_t row, auto count) {
+        for_row_groups<Weights::ROWS>(rows.begin, rows.end, [&](size_t row, auto count) {
             for (const size_t stop = least(fetched + share, wanted); fetched < stop; fetched += 64)
                 for (size_t p = 0; p < P; p++) __builtin_prefetch(packed[p] + ahead * groups * Weights::PACKED_BYTES + fetched);
-            tile<Weights, decltype(count)::value>(row, panels, w, of, low_products);
+            const float* of_tile[P];
+            for (size_t p = 0; p < P; p++) of_tile[p] = low_products[p] + (row - rows.begin) * 16;
+            tile<Weights, decltype(count)::value>(row, panels, w, of, of_tile);
         });
     }
 
-    template <class Weights>
-    void multiply_panels(size_t first, size_t last, size_t next, size_t row_begin, size_t row_end) const {
+    template <class Weights> void multiply_panels(size_t first, size_t last, size_t next, Range rows) const {
         constexpr size_t P = Weights::PANELS;
-        i32x16 low_products[P * MOST_OUTLIERS];
-        Outliers<Weights::ROWS> of;
-        of.row_begin = row_begin, of.row_end = row_end;
-        for (of.begin = 0; of.begin < groups; of.begin = of.end) {
-            of.end = least(of.begin + BLOCK_GROUPS, groups);
-            sort_outliers(of);
+        for (size_t begin = 0; begin < groups; begin += BLOCK_GROUPS) {
+            const Range of{begin, least(begin + BLOCK_GROUPS, groups)};
+            const Outliers sorted = sort_outliers(rows, of);
             for (size_t panel = first; panel < last; panel += P) {
                 const size_t after = panel + P < last ? panel + P : next, ahead = after < panel_count() ? after - panel : 0;
                 size_t panels[P];  // the last one twice, where one is missing
                 for (size_t p = 0; p < P; p++) panels[p] = least(panel + p, last - 1);
-                multiply_block<Weights>(panels, ahead, of, low_products);
+                multiply_block<Weights>(panels, ahead, rows, of, sorted);
             }
         }
     }
 
-    // Sorting a block's outliers is done once per task: tasks are larger where there are more of them than threads need.
+    // Tasks are larger where there are more of them than threads need.
     void multiply_all() const {
         const size_t threads = tr_num_threads(), row_blocks = (a.rows + ROW_BLOCK - 1) / ROW_BLOCK;
         const size_t pairs = (panel_count() + PANEL_GROUP - 1) / PANEL_GROUP * row_blocks;
@@ -285,10 +268,11 @@ struct Quantized {
         parallel_for((panel_count() + step - 1) / step * row_blocks, [&](size_t task) {
             const size_t first = task / row_blocks * step, last = least(first + step, panel_count());
             const size_t next = (task + threads) / row_blocks * step;  // this thread's, if tasks take turns
-            const size_t begin = task % row_blocks * ROW_BLOCK, end = least(begin + ROW_BLOCK, size_t(a.rows));
-            if (a.bits == 8) multiply_panels<EightBits>(first, last, next, begin, end);
-            else if (end - begin < ROWS_TO_SPREAD) multiply_panels<FourBits>(first, last, next, begin, end);
-            else multiply_panels<Spread>(first, last, next, begin, end);
+            const size_t begin = task % row_blocks * ROW_BLOCK;
+            const Range rows{begin, least(begin + ROW_BLOCK, size_t(a.rows))};
+            if (a.bits == 8) multiply_panels<EightBits>(first, last, next, rows);
+            else if (rows.end - rows.begin < ROWS_TO_SPREAD) multiply_panels<FourBits>(first, last, next, rows);
+            else multiply_panels<Spread>(first, last, next, rows);
         });
     }
 };

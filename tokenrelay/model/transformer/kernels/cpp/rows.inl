@@ -10,6 +10,22 @@ template <class F> TR_INLINE void parallel_rows(size_t rows, size_t columns, F f
     });
 }
 
+// A cache of integers holds pairs: of a key's elements, and of keys for each element of a value. (what integer products take)
+template <class W> constexpr size_t pair_of() { return sizeof(W) <= 2 ? 2 : 1; }
+template <class W> constexpr size_t whole_pairs(size_t n) { return (n + pair_of<W>() - 1) / pair_of<W>() * pair_of<W>(); }
+template <class W> constexpr float largest_integer() { return sizeof(W) == 1 ? 127.0f : 8191.0f; }
+
+// Integers up to `largest` for numbers up to `highest`; what is smaller than any factor can make of it is 0. A NaN or an infinity
+// lives on in the scale.
+struct Step {
+    float factor = 0.0f, scale = 0.0f;
+    Step(float highest, float largest) {
+        if (highest < 1e-34f) return;  // a NaN is not
+        scale = highest / largest;
+        if (highest < __builtin_inff()) factor = largest / highest;
+    }
+};
+
 // The row to normalise: x itself, or the residual stream after x was added to it.
 TR_INLINE const float* add_residual(const float* x, float* residual, size_t columns) {
     if (!residual) return x;
@@ -128,6 +144,28 @@ void activation(const float* x, float* out, int64_t rows, int64_t columns, int64
     else activation_of<SWIGLU_OAI>(x, out, rows, columns, gated);
 }
 
+// best[row] = the first index of the row's largest element; of a row without numbers 0.
+void argmax(const float* x, int64_t* best, int64_t rows, int64_t columns) {
+    const size_t width = columns, parts = (width + WORK_PER_TASK - 1) / WORK_PER_TASK;
+    auto* highest = static_cast<float*>(__builtin_alloca(rows * parts * sizeof(float)));
+    parallel_for(rows * parts, [=](size_t task) {
+        const float* row = x + task / parts * width;
+        const size_t begin = task % parts * WORK_PER_TASK, end = least(begin + WORK_PER_TASK, width);
+        f32x16 top = broadcast(-__builtin_inff());
+        for (size_t i = begin; i < end; i += 16) top = max(load_part(row + i, end - i, -__builtin_inff()), top);
+        highest[task] = maximum(top);
+    });
+    parallel_for(rows, [=](size_t row) {
+        size_t part = 0;
+        for (size_t other = 1; other < parts; other++)
+            if (highest[row * parts + other] > highest[row * parts + part]) part = other;
+        const float* from = x + row * width;
+        size_t i = part * WORK_PER_TASK;
+        while (i < width && from[i] != highest[row * parts + part]) i++;
+        best[row] = i < width ? i : 0;
+    });
+}
+
 // One head, NeoX style: of the first rotary_dim elements i turns with i + rotary_dim / 2 by the angle of its position.
 TR_INLINE void rotate(const float* x, const float* cos_sin, float* out, size_t head_dim, size_t rotary_dim) {
     const size_t half = rotary_dim / 2;
@@ -139,27 +177,33 @@ TR_INLINE void rotate(const float* x, const float* cos_sin, float* out, size_t h
     __builtin_memcpy(out + rotary_dim, x + rotary_dim, (head_dim - rotary_dim) * sizeof(float));
 }
 
-// A key or value vector into the cache, element i at to[i * stride].
-template <class W> TR_INLINE void write_vector(const float* x, size_t dim, W* to, size_t stride, float*, size_t) {
-    for (size_t i = 0; i < dim; i++) narrow(x[i], to + i * stride);
+// A key or value vector into the cache, element i at to[i / pair * step + i % pair].
+TR_INLINE void write_vector(const float* x, size_t dim, float* to, size_t pair, size_t step, float*, size_t) {
+    for (size_t i = 0; i < dim; i++) to[i / pair * step + i % pair] = x[i];
 }
 
-// int8: scale = max |x| / 127, elements = x / scale rounded to even. A NaN or an infinity lives on in the scale.
-TR_INLINE void write_vector(const float* x, size_t dim, int8_t* to, size_t stride, float* scales, size_t slot) {
-    float highest = 0.0f;
+// Integers: x * (largest integer / max |x|), rounded to even. A NaN or an infinity lives on in the scale.
+template <class W>
+TR_INLINE void write_vector(const float* x, size_t dim, W* to, size_t pair, size_t step, float* scales, size_t slot) {
+    int32_t highest = 0;  // as bits: ordered as the numbers, a NaN above all
     for (size_t i = 0; i < dim; i++) {
-        float size = __builtin_fabsf(x[i]);
-        if (size > highest || size != size) highest = size;
+        const int32_t size = int32_t(bits_of(x[i]) & 0x7fffffff);
+        highest = size > highest ? size : highest;
     }
-    const float scale = scales[slot] = highest / 127.0f;
-    const bool usable = scale > 0.0f && scale < __builtin_inff();
-    for (size_t i = 0; i < dim; i++) {
-        float steps = usable ? __builtin_rintf(x[i] / scale) : 0.0f;
-        to[i * stride] = int8_t(steps > 127.0f ? 127.0f : steps < -127.0f ? -127.0f : steps);
+    const Step steps(float_of(uint32_t(highest)), largest_integer<W>());
+    scales[slot] = steps.scale;
+    W integers[MAX_HEAD_DIM + 1];
+    for (size_t i = 0; i < dim; i++) integers[i] = steps.factor > 0.0f ? W(round_to_even(x[i] * steps.factor)) : W(0);
+    integers[dim] = 0;
+    if (pair == 1) {
+        for (size_t i = 0; i < dim; i++) to[i * step] = integers[i];
+    } else {
+        for (size_t i = 0; i < dim; i += 2) __builtin_memcpy(to + i / 2 * step, integers + i, 2 * sizeof(W));
     }
 }
 
 template <class W> void write_token(const RotateParams& a, size_t token) {
+    constexpr size_t pair = pair_of<W>();
     const KVCache& cache = a.cache;
     const size_t dim = cache.head_dim, padded = (dim + 15) / 16 * 16, kv_heads = cache.num_kv_heads;
     const float* from = a.qkv + token * (a.num_heads + 2 * kv_heads) * dim;
@@ -172,11 +216,11 @@ template <class W> void write_token(const RotateParams& a, size_t token) {
     for (size_t h = 0; h < kv_heads; h++, from += dim) {
         float turned[MAX_HEAD_DIM];
         rotate(from, angles, turned, dim, rotary_dim);
-        W* keys = (W*)cache.keys + block * cache.key_stride + h * dim * size + offset;
-        W* values = (W*)cache.values + block * cache.value_stride + (h * size + offset) * padded;
+        W* keys = (W*)cache.keys + block * cache.key_stride + h * whole_pairs<W>(dim) * size + offset * pair;
+        W* values = (W*)cache.values + block * cache.value_stride + (h * size + offset / pair * pair) * padded + offset % pair;
         const size_t slot = (block * kv_heads + h) * size + offset;
-        write_vector(turned, dim, keys, size, cache.key_scales, slot);
-        write_vector(from + kv_heads * dim, dim, values, 1, cache.value_scales, slot);
+        write_vector(turned, dim, keys, pair, size * pair, cache.key_scales, slot);
+        write_vector(from + kv_heads * dim, dim, values, 1, pair, cache.value_scales, slot);
     }
 }
 
@@ -184,7 +228,7 @@ void rotate_and_cache(const RotateParams* params) {
     const RotateParams& a = *params;
     parallel_rows(a.num_tokens, (a.num_heads + 2 * a.cache.num_kv_heads) * a.cache.head_dim, [&](size_t token) {
         if (a.cache.type == INT8) write_token<int8_t>(a, token);
-        else if (a.cache.type == BFLOAT16) write_token<bf16>(a, token);
+        else if (a.cache.type == INT16) write_token<int16_t>(a, token);
         else write_token<float>(a, token);
     });
 }
