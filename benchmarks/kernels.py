@@ -159,6 +159,7 @@ def benchmark_steps() -> None:
     model, native_seconds = engine.runner.model, [0.0]
     model.run_layers = timed(model.run_layers, native_seconds)  # type: ignore[method-assign]
     model.lm_head.forward = timed(model.lm_head.forward, native_seconds)  # type: ignore[method-assign]
+    kernels.argmax = timed(kernels.argmax, native_seconds)
     for rows in STEP_ROWS:
         for i in range(rows):
             params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -48,15 +49,15 @@ class ModelRunner:
             self.executor.copy_blocks(output.block_copies)
         batch = output.scheduled
         self.adapters.use([(entry.request.adapter, entry.num_rows) for entry in batch])
-        hidden = self.executor.forward(self._inputs(batch), capturable=not self.adapters.in_use)
-        starts = np.cumsum([0, *(entry.num_rows for entry in batch)])
+        starts = list(accumulate((entry.num_rows for entry in batch), initial=0))
+        hidden = self.executor.forward(self._inputs(batch, starts), capturable=not self.adapters.in_use)
         sampled = self._with_prompt_logprobs(self._sample(batch, hidden, starts), batch, hidden, starts)
         for index, entry in enumerate(batch):
             if entry.request.pooling is not None:
                 sampled[index] = pool(entry, hidden[starts[index] : starts[index + 1]])
         return sampled
 
-    def _inputs(self, batch: Sequence[ScheduledRequest]) -> StepInputs:
+    def _inputs(self, batch: Sequence[ScheduledRequest], starts: Sequence[int]) -> StepInputs:
         positions = [_positions(entry) for entry in batch]
         tables = [np.array(entry.request.block_table, dtype=np.int64) for entry in batch]
         slots = [
@@ -65,14 +66,15 @@ class ModelRunner:
         ]
         padded = np.zeros((len(batch), max(len(table) for table in tables)), dtype=np.int32)
         for row, table in zip(padded, tables, strict=True):
-            row[: len(table)] = table.clip(min=0)  # what fell out of the window is not read
+            row[: len(table)] = table
+        np.maximum(padded, 0, out=padded)  # what fell out of the window is not read
         all_positions = np.concatenate(positions)
         return StepInputs(
             np.concatenate([_token_ids(entry) for entry in batch]),
             all_positions,
             np.concatenate(slots),
             padded,
-            np.cumsum([0, *(entry.num_rows for entry in batch)], dtype=np.int32),
+            np.array(starts, dtype=np.int32),
             np.array([entry.request.num_computed_tokens + entry.num_rows for entry in batch], dtype=np.int32),
             self._sink_positions(all_positions),
         )
@@ -84,7 +86,7 @@ class ModelRunner:
             return None
         return positions.clip(max=last)
 
-    def _sample(self, batch: Sequence[ScheduledRequest], hidden: Tensor, starts: np.ndarray) -> list[Sampled]:
+    def _sample(self, batch: Sequence[ScheduledRequest], hidden: Tensor, starts: Sequence[int]) -> list[Sampled]:
         sampled = [Sampled()] * len(batch)
         sampling = [index for index, entry in enumerate(batch) if entry.samples]
         if sampling:
@@ -95,7 +97,7 @@ class ModelRunner:
         return sampled
 
     def _with_prompt_logprobs(
-        self, sampled: list[Sampled], batch: Sequence[ScheduledRequest], hidden: Tensor, starts: np.ndarray
+        self, sampled: list[Sampled], batch: Sequence[ScheduledRequest], hidden: Tensor, starts: Sequence[int]
     ) -> list[Sampled]:
         for index, entry in enumerate(batch):
             if entry.request.wants_prompt_logprobs:

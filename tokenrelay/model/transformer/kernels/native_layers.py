@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +61,22 @@ def _linears(layer: nn.Module) -> tuple[nn.Module, ...]:
     return layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.up_proj, layer.mlp.down_proj
 
 
+class Room(NamedTuple):
+    """What a step of so many rows works in; the next one of as many works in the same."""
+
+    residual: Tensor
+    normed: Tensor
+    wide: Tensor
+    narrow: Tensor
+    q: Tensor
+    scratch: Tensor
+
+
 class NativeLayers:
-    """Called as ``Transformer.run_layers``. Keeps the addresses of the weights, and of the cache it last met."""
+    """Called as ``Transformer.run_layers``; what it returns is overwritten by the next call.
+
+    Keeps the addresses of the weights, and of the cache it last met.
+    """
 
     def __init__(self, model: Transformer) -> None:
         self._model = model  # alive as long as its addresses are in use
@@ -74,6 +89,7 @@ class NativeLayers:
         self._scratch = native.scratch_size(max(widths, default=0))  # bytes per token
         self._wide = max(linear.out_features for linear in linears)
         self._narrow = max(linear.in_features for linear in linears)
+        self._room = self._make_room(0)
         self.adapt([])
 
     def adapt(self, rows: Sequence[tuple[NativeAdapter, range]]) -> None:
@@ -95,10 +111,9 @@ class NativeLayers:
         if not self._is_covered:
             return Transformer.run_layers(self._model, x, positions, rotary, kv_cache, metadata)
         config, rows = self._model.config, len(x)
-        residual, normed = torch.empty_like(x), torch.empty_like(x)
-        wide, narrow = x.new_empty((rows, self._wide)), x.new_empty((rows, self._narrow))
-        q = x.new_empty((2, rows, config.q_size))
-        scratch = x.new_empty(rows * self._scratch, dtype=torch.uint8)
+        if rows != len(self._room.normed):
+            self._room = self._make_room(rows)
+        residual, normed, wide, narrow, q, scratch = self._room
         low = x.new_empty((rows, max((adapter.rank for adapter in self._adapters), default=0)))
         added = x.new_empty((rows if self._adapters else 0, self._wide))
         sinks = metadata.sink_positions
@@ -123,6 +138,17 @@ class NativeLayers:
             )
         )
         return normed if config.final_norm else residual
+
+    def _make_room(self, rows: int) -> Room:
+        config = self._model.config
+        return Room(
+            residual=torch.empty(rows, config.hidden_size),
+            normed=torch.empty(rows, config.hidden_size),
+            wide=torch.empty(rows, self._wide),
+            narrow=torch.empty(rows, self._narrow),
+            q=torch.empty(2, rows, config.q_size),
+            scratch=torch.empty(rows * self._scratch, dtype=torch.uint8),
+        )
 
     def _bind(self, kv_cache: Sequence[LayerCache]) -> None:
         described = [native_attention.describe_cache(self._model.config.head_dim, *cache) for cache in kv_cache]
