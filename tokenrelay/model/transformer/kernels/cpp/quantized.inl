@@ -236,7 +236,7 @@ struct Quantized {
         for (auto& products : low_products) __builtin_memset(products, 0, (rows.end - rows.begin) * 16 * sizeof(float));
         multiply_low<Weights>(panels, w, rows.begin, of, sorted, low_products);
         const size_t share = bytes * Weights::ROWS / (rows.end - rows.begin) + 64;
-        size_t fetched = 0, wanted = ahead && w[0] != packed[0] ? bytes : 0;
+        size_t fetched = 0, wanted = ahead ? bytes : 0;
         for_row_groups<Weights::ROWS>(rows.begin, rows.end, [&](size_t row, auto count) {
             for (const size_t stop = least(fetched + share, wanted); fetched < stop; fetched += 64)
                 for (size_t p = 0; p < P; p++) __builtin_prefetch(packed[p] + ahead * groups * Weights::PACKED_BYTES + fetched);

@@ -3,11 +3,14 @@ namespace {
 
 constexpr size_t WORK_PER_TASK = 4096;  // elements; below that, handing them over costs more than it brings
 
-template <class F> TR_INLINE void parallel_rows(size_t rows, size_t columns, F f) {
-    size_t chunk = WORK_PER_TASK / columns + 1;
+template <class F> TR_INLINE void parallel_chunks(size_t rows, size_t chunk, F f) {
     parallel_for((rows + chunk - 1) / chunk, [&](size_t task) {
         for (size_t row = task * chunk; row < least((task + 1) * chunk, rows); row++) f(row);
     });
+}
+
+template <class F> TR_INLINE void parallel_rows(size_t rows, size_t columns, F f) {
+    parallel_chunks(rows, WORK_PER_TASK / columns + 1, f);
 }
 
 // A cache of integers holds pairs: of a key's elements, and of keys for each element of a value. (what integer products take)
@@ -226,7 +229,9 @@ template <class W> void write_token(const RotateParams& a, size_t token) {
 
 void rotate_and_cache(const RotateParams* params) {
     const RotateParams& a = *params;
-    parallel_rows(a.num_tokens, (a.num_heads + 2 * a.cache.num_kv_heads) * a.cache.head_dim, [&](size_t token) {
+    // A block's keys share cache lines: of a prompt, one thread writes them.
+    const size_t width = (a.num_heads + 2 * a.cache.num_kv_heads) * a.cache.head_dim, least_chunk = WORK_PER_TASK / width + 1;
+    parallel_chunks(a.num_tokens, a.num_tokens < 64 ? least_chunk : 16, [&](size_t token) {
         if (a.cache.type == INT8) write_token<int8_t>(a, token);
         else if (a.cache.type == INT16) write_token<int16_t>(a, token);
         else write_token<float>(a, token);
