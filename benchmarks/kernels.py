@@ -2,12 +2,14 @@
 
 The limits are measured in the same run: read bandwidth by summing a large array, fp32 peak by one large matrix product
 of torch. Shapes are SmolLM2-135M's. Weights are cycled through more memory than the caches hold, as in a real step.
-Weights of few bits multiply as integers, so their share of fp32's peak may be above 100 %. The last lines are whole
-steps of the engine with the real model, and the share of each that is not spent in native calls.
+Weights of few bits multiply as integers, so their share of fp32's peak may be above 100 %. The last lines are of the
+engine with the real model: whole decode steps and the share of each that is not spent in native calls, and a prompt,
+beside what torch's product of 8-bit integers would allow if there were nothing else to do.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,6 +35,8 @@ WINDOW = 512
 MODEL = "smollm2-135m-instruct"
 STEP_ROWS = (1, 16, 64)
 LAYERS = 30
+LAYER = [LINEARS[name] for name in ("qkv", "out", "gate_up", "down")]
+PROMPT = 512
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
 
 
@@ -173,6 +177,31 @@ def benchmark_steps() -> None:
             engine.abort(request)
 
 
+def benchmark_prefill() -> None:
+    engine = Engine.from_model(MODEL, EngineConfig(enable_prefix_caching=False))
+    times = [prefill_seconds(engine, times) for times in range(12)]
+    operations = 2 * PROMPT * sum(map(math.prod, LAYER)) * LAYERS
+    product = sum(integer_product_seconds(*shape) for shape in LAYER) * LAYERS
+    limit, best, median = PROMPT / product, PROMPT / min(times), PROMPT / sorted(times)[len(times) // 2]
+    alone = f"torch._int_mm alone {operations / product / 1e9:.0f} Gop/s, {limit:.0f} tokens/s"
+    shares = f"{median / limit:.0%}, best {best / limit:.0%}"
+    print(f"prompt       {PROMPT} tokens: {median:.0f} tokens/s, best {best:.0f}; {alone}: {shares}")
+
+
+def prefill_seconds(engine: Engine, number: int) -> float:
+    params = SamplingParams(max_tokens=1, temperature=0)
+    engine.add(Request(f"prompt-{number}", [1000 + 7 * i + number for i in range(PROMPT)], params))
+    begin = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - begin
+
+
+def integer_product_seconds(in_features: int, out_features: int) -> float:
+    x, weight = (torch.randint(-127, 128, (rows, in_features), dtype=torch.int8) for rows in (PROMPT, out_features))
+    return seconds(partial(torch._int_mm, x, weight.T))
+
+
 def timed(call: Callable[..., Tensor], total: list[float]) -> Callable[..., Tensor]:
     def wrapped(*arguments: object) -> Tensor:
         begin = time.perf_counter()
@@ -204,6 +233,7 @@ def main() -> None:
         benchmark_attention(limits, torch.int8)
         benchmark_rows(limits)
     benchmark_steps()
+    benchmark_prefill()
 
 
 if __name__ == "__main__":
