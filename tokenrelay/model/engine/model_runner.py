@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from tokenrelay.model.engine.sampler import Sampler
 from tokenrelay.model.engine.step import Sampled, ScheduledRequest, SchedulerOutput
 from tokenrelay.model.sampling_params import TokenLogprobs
 from tokenrelay.model.transformer.adapters import Adapters
-from tokenrelay.model.transformer.transfer import to_device
+from tokenrelay.model.transformer.transfer import tensor_on
 from tokenrelay.model.transformer.transformer import Transformer
 
 LOGITS_AT_ONCE = 64  # rows: a prompt's logits would be a large matrix
@@ -90,8 +90,8 @@ class ModelRunner:
         sampled = [Sampled()] * len(batch)
         sampling = [index for index, entry in enumerate(batch) if entry.samples]
         if sampling:
-            rows = [np.arange(starts[i + 1] - len(batch[i].draft_token_ids) - 1, starts[i + 1]) for i in sampling]
-            logits = self.executor.compute_logits(_chosen(hidden, np.concatenate(rows)))
+            spans = [range(starts[i + 1] - len(batch[i].draft_token_ids) - 1, starts[i + 1]) for i in sampling]
+            logits = self.executor.compute_logits(_chosen(hidden, [*chain(*spans)]))
             for index, one in zip(sampling, self._sampler.sample(logits, [batch[i] for i in sampling]), strict=True):
                 sampled[index] = one
         return sampled
@@ -118,9 +118,9 @@ class ModelRunner:
         return tuple(found)
 
 
-def _chosen(hidden: Tensor, rows: np.ndarray) -> Tensor:
+def _chosen(hidden: Tensor, rows: list[int]) -> Tensor:
     """Ascending rows. Where all decode that is every one, and nothing is copied."""
-    return hidden if len(rows) == len(hidden) else hidden[to_device(torch.from_numpy(rows), hidden.device)]
+    return hidden if len(rows) == len(hidden) else hidden[tensor_on(hidden.device, rows, torch.int64)]
 
 
 def _token_ids(entry: ScheduledRequest) -> np.ndarray:
