@@ -1,0 +1,147 @@
+// Sixteen integers, and what products of integers are made of, for AVX-512 with VNNI. Included by products.inl.
+namespace {
+
+TR_INLINE int32_t sum(__m128i a) {
+    const __m128i two = _mm_add_epi32(a, _mm_unpackhi_epi64(a, a));
+    return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
+}
+
+struct i32x16 { __m512i v; };
+TR_INLINE i32x16 all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+TR_INLINE i32x16 minus(i32x16 a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512_set1_epi32(b))}; }
+TR_INLINE i32x16 plus(i32x16 a, i32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+TR_INLINE i32x16 times_256(i32x16 a) { return {_mm512_slli_epi32(a.v, 8)}; }
+TR_INLINE f32x16 to_float(i32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+TR_INLINE f32x16 float_of(i32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
+TR_INLINE i32x16 bits_of(f32x16 a) { return {_mm512_castps_si512(a.v)}; }
+TR_INLINE __m512i four(const int8_t* x) {
+    int32_t all;
+    __builtin_memcpy(&all, x, 4);
+    return _mm512_set1_epi32(all);
+}
+
+TR_INLINE void store_rounded(int16_t* to, f32x16 a) {
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
+}
+TR_INLINE __m512i load_pairs(const int16_t* w) { return _mm512_loadu_si512(w); }
+TR_INLINE __m512i load_pairs(const int8_t* w) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w)); }
+
+// In assembly: compilers would copy every sum before and after.
+TR_INLINE void add_pair(i32x16& sum, __m512i w, __m512i x) {
+    asm("vpdpwssd %[x], %[w], %[sum]" : [sum] "+v"(sum.v) : [w] "v"(w), [x] "v"(x));
+}
+
+// As `multiply` of floats, two k at a time.
+template <int R, int P, class W>
+TR_INLINE void multiply(i32x16 (&sums)[R][P], const int16_t* x, size_t x_stride, const W* const (&w)[P], size_t w_stride,
+                        size_t steps) {
+    for (size_t k = 0; k < steps; k++) {
+        __m512i column[P];
+        for (int p = 0; p < P; p++) column[p] = load_pairs(w[p] + k * w_stride);
+        for (int r = 0; r < R; r++) {
+            const __m512i all = four((const int8_t*)(x + r * x_stride + 2 * k));
+            for (int p = 0; p < P; p++) add_pair(sums[r][p], column[p], all);
+        }
+    }
+}
+
+// to [GROUP] = from * factor, rounded to even; returns their sum.
+TR_INLINE int32_t round_group(const float* from, float factor, int8_t* to) {
+    const __m512 scale = _mm512_set1_ps(factor);
+    const __m128i left = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), scale)));
+    const __m128i right = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + 16), scale)));
+    _mm_storeu_si128((__m128i*)to, left);
+    _mm_storeu_si128((__m128i*)to + 1, right);
+    const __m128i one = _mm_set1_epi8(1);
+    return sum(_mm_dpbusd_epi32(_mm_dpbusd_epi32(_mm_setzero_si128(), one, left), one, right));
+}
+
+// What 16 lanes hold of four groups each, brought together: lane i of a 128-bit part is of group i.
+TR_INLINE __m512i lanes(__m512i a, __m512i b, bool high) { return high ? _mm512_unpackhi_epi32(a, b) : _mm512_unpacklo_epi32(a, b); }
+TR_INLINE __m512i pairs(__m512i a, __m512i b, bool high) { return high ? _mm512_unpackhi_epi64(a, b) : _mm512_unpacklo_epi64(a, b); }
+template <class F> TR_INLINE __m512i fold_lanes(const __m512i* of, F f) {
+    const __m512i left = f(lanes(of[0], of[1], false), lanes(of[0], of[1], true));
+    const __m512i right = f(lanes(of[2], of[3], false), lanes(of[2], of[3], true));
+    return f(pairs(left, right, false), pairs(left, right, true));
+}
+
+// Four groups at a time; what is left, and what a lesser machine does, is below.
+TR_INLINE size_t largest_of_fours(const float* x, size_t groups, float* largest, f32x16& squares) {
+    const __m512i size = _mm512_set1_epi32(0x7fffffff);
+    size_t g = 0;
+    for (; g + 4 <= groups; g += 4) {
+        __m512i of[4];
+        for (int i = 0; i < 4; i++) {
+            const f32x16 left = load(x + (g + i) * GROUP), right = load(x + (g + i) * GROUP + 16);
+            squares = fma(right, right, fma(left, left, squares));
+            // sizes of floats are ordered as their bits
+            of[i] = _mm512_max_epi32(_mm512_and_si512(bits_of(left).v, size), _mm512_and_si512(bits_of(right).v, size));
+        }
+        const __m512i all = fold_lanes(of, [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); });
+        const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+        const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+        _mm_storeu_si128((__m128i*)(largest + g), four);
+    }
+    return g;
+}
+
+TR_INLINE __m512i rounded(const float* x, float factor) {
+    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(factor)));
+}
+
+TR_INLINE size_t round_eights(const float* x, size_t groups, const float* factors, int8_t* to, size_t next, int32_t* sums,
+                              size_t next_sum) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), one = _mm512_set1_epi8(1);
+    size_t g = 0;
+    for (; g + 8 <= groups; g += 8) {
+        __m512i of[4];
+        for (int i = 0; i < 4; i++) {
+            const float *first = x + (g + 2 * i) * GROUP, *second = first + GROUP, *factor = factors + g + 2 * i;
+            const __m512i a = _mm512_packs_epi32(rounded(first, factor[0]), rounded(first + 16, factor[0]));
+            const __m512i b = _mm512_packs_epi32(rounded(second, factor[1]), rounded(second + 16, factor[1]));
+            const __m512i both = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(a, b));
+            _mm256_storeu_si256((__m256i*)(to + (g + 2 * i) * next), _mm512_castsi512_si256(both));
+            _mm256_storeu_si256((__m256i*)(to + (g + 2 * i + 1) * next), _mm512_extracti64x4_epi64(both, 1));
+            of[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, both);
+        }
+        const __m512i quarters = fold_lanes(of, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
+        alignas(64) int32_t part[16];
+        _mm512_store_si512(part, _mm512_add_epi32(quarters, _mm512_shuffle_i64x2(quarters, quarters, 0b10110001)));
+        for (int i = 0; i < 4; i++) {
+            sums[(g + 2 * i) * next_sum] = part[i];
+            sums[(g + 2 * i + 1) * next_sum] = part[8 + i];
+        }
+    }
+    return g;
+}
+
+// Each activation is fetched once for P panels: the loads, not the products, would be what limits it.
+template <int R, int P, class X>
+TR_INLINE void add_four(const __m512i (&w)[P], X x, size_t k, i32x16 (&sums)[P][R]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+        const __m512i all = four(x(r, k));
+#pragma GCC unroll 2
+        for (int p = 0; p < P; p++) sums[p][r].v = _mm512_dpbusd_epi32(sums[p][r].v, w[p], all);
+    }
+}
+
+template <int BITS, int R, int P, class X>
+TR_INLINE void add_products(const uint8_t* const (&w)[P], X x, i32x16 (&sums)[P][R]) {
+    const __m512i half = _mm512_set1_epi8(15);
+#pragma GCC unroll 8
+    for (size_t k = 0; k < GROUP; k += 32 / BITS) {
+        __m512i all[P], low[P], high[P];
+        for (int p = 0; p < P; p++) all[p] = _mm512_loadu_si512(w[p] + k * 2 * BITS);
+        if constexpr (BITS == 8) {
+            add_four<R>(all, x, k, sums);
+        } else {
+            for (int p = 0; p < P; p++) low[p] = _mm512_and_si512(all[p], half);
+            add_four<R>(low, x, k, sums);
+            for (int p = 0; p < P; p++) high[p] = _mm512_and_si512(_mm512_srli_epi16(all[p], 4), half);
+            add_four<R>(high, x, k + 4, sums);
+        }
+    }
+}
+
+}  // namespace
