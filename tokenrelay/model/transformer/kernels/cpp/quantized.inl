@@ -2,7 +2,8 @@
 //
 // Within a group the products are summed as integers, which is exact in any order; then, groups ascending,
 //   acc = fma(sum * w_scale, x_scale, acc), and acc = fma(x_scale * sum of x, minimum, acc) where weights have one;
-// low halves are summed in the same way by themselves, and added after every 24 groups; + bias at the end. So a row's bits depend on nothing but the row, whatever instructions do the sums.
+// low halves are summed in the same way by themselves, and added after every 24 groups; + bias at the end. So a row's bits
+// depend on nothing but the row, whatever instructions do the sums.
 //
 // A sum begins as the bits of the float 1.5 * 2^23, so its own are those of that float plus the sum: no conversion is needed, and
 // fma(1.5 * 2^23 + sum, w_scale, -1.5 * 2^23 * w_scale) is their product, rounded once.
@@ -17,8 +18,9 @@ constexpr float TINY = 1e-24f;    // below, a group counts as zero: its factor w
 
 constexpr int32_t MAGIC = 3 << 22, MAGIC_BITS = 0x4b400000;  // 1.5 * 2^23, and as a float
 
-// Of K at a time: spread out 24 KiB, in the first cache with the rows' activations.
-constexpr size_t BLOCK_GROUPS = 24;  // part of the result's definition
+// Of K at a time: two panels spread out take 24 KiB, in the first cache with the rows' activations. Part of the result's definition.
+constexpr size_t BLOCK_GROUPS = 24;
+
 // So many rows lie interleaved, as their tile reads them: a group of each row, or its scale, after each other.
 constexpr size_t INTERLEAVED = QUANTIZED_PANELS > 1 ? QUANTIZED_ROWS : 1;
 static_assert(ROW_BLOCK % INTERLEAVED == 0, "a block begins with a tile");
@@ -220,8 +222,8 @@ struct Quantized {
             for (size_t n = panels[0] * 16; n < end; n++) a.out[row_out + r * next + n] += a.bias[n];
     }
 
-    // Weights that are unpacked come from memory, panels that lie so far ahead, beside these; what is read as it lies, the
-    // processor foresees.
+    // The panels that lie so far ahead are fetched beside these: few of a panel's groups have outliers, which come first, so the
+    // processor would not foresee them.
     template <class Weights>
     void multiply_block(const size_t (&panels)[Weights::PANELS], size_t ahead, Range rows, Range of, const Outliers& sorted) const {
         constexpr size_t P = Weights::PANELS;
