@@ -268,4 +268,4 @@ def test_attention_over_integers_is_near_that_over_floats(dtype: torch.dtype, er
     ):
         written = wide.table[:9].long()  # the blocks that are full
         steps = (stored - exact / scales.unsqueeze(-1))[written].abs()
-        assert 0.45 < steps.max() <= 0.501
+        assert 0.45 < steps.max() <= 0.5 + 1e-7 * LARGEST_CACHED[dtype] + 1e-5

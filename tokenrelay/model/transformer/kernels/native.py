@@ -1,7 +1,7 @@
 """The CPU operations through the native library (``library``).
 
 Promises batch invariance: an output row has the same bits whatever else is in the call, on any number of threads and
-any instruction set. Activations are fp32; weights bf16 or fp32, the cache one of these or int8. What the kernels do not
+any instruction set. Activations are fp32; weights bf16 or fp32, the cache fp32, int16 or int8. What the kernels do not
 cover (other dtypes, heads above 256) goes to the torch reference, which does not promise that.
 """
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tokenrelay.model.transformer.kernels import library, reference
+from tokenrelay.model.transformer.kernels.reference_attention import LANES
 
 MAX_HEAD_DIM = 256
-KEYS_PER_VECTOR = 16
 CACHE_TYPES = {torch.float32: 0, torch.int16: 1, torch.int8: 2}
 
 
@@ -22,7 +22,7 @@ def describe_cache(
     """The cache as the kernels see it; None if they do not cover it."""
     _, num_kv_heads, _, block_size = k_cache.shape[:4]
     dtype = k_cache.dtype
-    covered = head_dim <= MAX_HEAD_DIM and block_size % KEYS_PER_VECTOR == 0 and dtype in CACHE_TYPES
+    covered = head_dim <= MAX_HEAD_DIM and block_size % LANES == 0 and dtype in CACHE_TYPES
     if not covered:
         return None
     return library.KVCache(

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_SIZE = 16  # keys of a vector
-LANES = 16
+LANES = 16  # of a vector
+BLOCK_SIZE = LANES  # keys, at least
 LARGEST_CACHED = {torch.int16: 8191, torch.int8: 127}
 CHUNK = 64  # keys whose weights are rounded together
 

@@ -100,7 +100,7 @@ template <class W> struct AttentionTile {
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++) s[r][p] = nothing<Sum>();
         for (int p = 0; p < P; p++) k[p] = chunk[key / 16 + p].keys;
-        multiply(s, q + row * MAX_HEAD_DIM, MAX_HEAD_DIM, k, block_size * PAIR, (dim + PAIR - 1) / PAIR);
+        multiply(s, q + row * MAX_HEAD_DIM, MAX_HEAD_DIM, k, block_size * PAIR, whole_pairs<W>(dim) / PAIR);
         for (int p = 0; p < P; p++) {
             float* to = scores + row * CHUNK + key + p * 16;
             if constexpr (INTEGER) {
@@ -190,7 +190,7 @@ template <class W> struct AttentionTile {
             const Factor* weights;
             if constexpr (INTEGER) weights = rounded + row * CHUNK + key;
             else weights = scores + row * CHUNK + key;
-            multiply(sums, weights, CHUNK, v, padded * PAIR, (next - key + PAIR - 1) / PAIR);
+            multiply(sums, weights, CHUNK, v, padded * PAIR, whole_pairs<W>(next - key) / PAIR);
         }
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++) {

@@ -38,10 +38,11 @@ TR_INLINE float widen_f16(uint16_t x) {
     return float_of((magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : bits_of(value)) | sign);
 }
 
-constexpr float EXP_MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+constexpr int32_t MAGIC_BITS = 0x4b400000;
 constexpr float EXP_MIN = -87.0f, EXP_MAX = 88.0f;
 
-TR_INLINE int32_t round_to_even(float x) { return int32_t(bits_of(x + EXP_MAGIC) - bits_of(EXP_MAGIC)); }
+TR_INLINE int32_t round_to_even(float x) { return int32_t(bits_of(x + MAGIC)) - MAGIC_BITS; }
 
 #if defined(TR_AVX512)
 
@@ -200,8 +201,8 @@ TR_INLINE void store_part(float* p, f32x16 a, size_t n) {
 // x = n ln2 + r; a polynomial (Cephes) gives e^r; n is added to the exponent bits.
 TR_INLINE f32x16 exp_below_0(f32x16 x) {
     f32x16 capped = max(x, broadcast(EXP_MIN));
-    f32x16 rounded = fma(capped, broadcast(1.44269504088896341f), broadcast(EXP_MAGIC));
-    f32x16 n = sub(rounded, broadcast(EXP_MAGIC));
+    f32x16 rounded = fma(capped, broadcast(1.44269504088896341f), broadcast(MAGIC));
+    f32x16 n = sub(rounded, broadcast(MAGIC));
     f32x16 r = fma(n, broadcast(-0.693359375f), capped);
     r = fma(n, broadcast(2.12194440e-4f), r);
     f32x16 p = broadcast(1.9875691500e-4f);

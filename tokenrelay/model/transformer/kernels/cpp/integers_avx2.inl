@@ -1,22 +1,10 @@
 // Sixteen integers, and what products of integers are made of, for AVX2. Included by products.inl.
 namespace {
 
-TR_INLINE int32_t sum(__m128i a) {
-    const __m128i two = _mm_add_epi32(a, _mm_unpackhi_epi64(a, a));
-    return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
-}
-
 struct i32x16 { __m256i lo, hi; };
 TR_INLINE i32x16 all(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-TR_INLINE i32x16 minus(i32x16 a, int32_t b) {
-    __m256i value = _mm256_set1_epi32(b);
-    return {_mm256_sub_epi32(a.lo, value), _mm256_sub_epi32(a.hi, value)};
-}
-TR_INLINE i32x16 plus(i32x16 a, i32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
-TR_INLINE i32x16 times_256(i32x16 a) { return {_mm256_slli_epi32(a.lo, 8), _mm256_slli_epi32(a.hi, 8)}; }
 TR_INLINE f32x16 to_float(i32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 TR_INLINE f32x16 float_of(i32x16 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
-TR_INLINE i32x16 bits_of(f32x16 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
 TR_INLINE __m256i four(const int8_t* x) {
     int32_t all;
     __builtin_memcpy(&all, x, 4);
@@ -173,8 +161,5 @@ TR_INLINE void add_products(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1]
     if constexpr (BITS == 4) add_4_bit_products(w[0], x, sums[0]);
     else add_8_bit_products(w[0], x, sums[0]);
 }
-
-TR_INLINE size_t largest_of_fours(const float*, size_t, float*, f32x16&) { return 0; }
-TR_INLINE size_t round_eights(const float*, size_t, const float*, int8_t*, size_t, int32_t*, size_t) { return 0; }
 
 }  // namespace

@@ -1,16 +1,8 @@
 // Sixteen integers, and what products of integers are made of, for AVX-512 with VNNI. Included by products.inl.
 namespace {
 
-TR_INLINE int32_t sum(__m128i a) {
-    const __m128i two = _mm_add_epi32(a, _mm_unpackhi_epi64(a, a));
-    return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
-}
-
 struct i32x16 { __m512i v; };
 TR_INLINE i32x16 all(int32_t x) { return {_mm512_set1_epi32(x)}; }
-TR_INLINE i32x16 minus(i32x16 a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512_set1_epi32(b))}; }
-TR_INLINE i32x16 plus(i32x16 a, i32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
-TR_INLINE i32x16 times_256(i32x16 a) { return {_mm512_slli_epi32(a.v, 8)}; }
 TR_INLINE f32x16 to_float(i32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 TR_INLINE f32x16 float_of(i32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
 TR_INLINE i32x16 bits_of(f32x16 a) { return {_mm512_castps_si512(a.v)}; }
@@ -45,11 +37,13 @@ TR_INLINE void multiply(i32x16 (&sums)[R][P], const int16_t* x, size_t x_stride,
     }
 }
 
+TR_INLINE __m512i rounded(const float* x, float factor) {
+    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(factor)));
+}
+
 // to [GROUP] = from * factor, rounded to even; returns their sum.
 TR_INLINE int32_t round_group(const float* from, float factor, int8_t* to) {
-    const __m512 scale = _mm512_set1_ps(factor);
-    const __m128i left = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), scale)));
-    const __m128i right = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + 16), scale)));
+    const __m128i left = _mm512_cvtepi32_epi8(rounded(from, factor)), right = _mm512_cvtepi32_epi8(rounded(from + 16, factor));
     _mm_storeu_si128((__m128i*)to, left);
     _mm_storeu_si128((__m128i*)to + 1, right);
     const __m128i one = _mm_set1_epi8(1);
@@ -65,7 +59,7 @@ template <class F> TR_INLINE __m512i fold_lanes(const __m512i* of, F f) {
     return f(pairs(left, right, false), pairs(left, right, true));
 }
 
-// Four groups at a time; what is left, and what a lesser machine does, is below.
+// Four groups at a time; what is left is done in products.inl.
 TR_INLINE size_t largest_of_fours(const float* x, size_t groups, float* largest, f32x16& squares) {
     const __m512i size = _mm512_set1_epi32(0x7fffffff);
     size_t g = 0;
@@ -83,10 +77,6 @@ TR_INLINE size_t largest_of_fours(const float* x, size_t groups, float* largest,
         _mm_storeu_si128((__m128i*)(largest + g), four);
     }
     return g;
-}
-
-TR_INLINE __m512i rounded(const float* x, float factor) {
-    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(factor)));
 }
 
 TR_INLINE size_t round_eights(const float* x, size_t groups, const float* factors, int8_t* to, size_t next, int32_t* sums,

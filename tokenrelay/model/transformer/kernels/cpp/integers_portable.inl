@@ -7,18 +7,6 @@ TR_INLINE i32x16 all(int32_t x) {
     for (int32_t& value : out.v) value = x;
     return out;
 }
-TR_INLINE i32x16 minus(i32x16 a, int32_t b) {
-    for (int32_t& value : a.v) value -= b;
-    return a;
-}
-TR_INLINE i32x16 plus(i32x16 a, const i32x16& b) {
-    for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
-    return a;
-}
-TR_INLINE i32x16 times_256(i32x16 a) {
-    for (int32_t& value : a.v) value *= 256;
-    return a;
-}
 TR_INLINE void store_rounded(int16_t* to, const f32x16& a) {
     for (int i = 0; i < 16; i++) to[i] = int16_t(round_to_even(a.v[i]));
 }
@@ -40,11 +28,6 @@ TR_INLINE int32_t round_group(const float* from, float factor, int8_t* to) {
 }
 TR_INLINE f32x16 to_float(const i32x16& a) { return each([&](int i) { return float(a.v[i]); }); }
 TR_INLINE f32x16 float_of(const i32x16& a) { return each([&](int i) { return float_of(uint32_t(a.v[i])); }); }
-TR_INLINE i32x16 bits_of(const f32x16& a) {
-    i32x16 out;
-    for (int i = 0; i < 16; i++) out.v[i] = int32_t(bits_of(a.v[i]));
-    return out;
-}
 
 template <int BITS, int R, class X>
 TR_INLINE void add_products(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
@@ -58,8 +41,5 @@ TR_INLINE void add_products(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1]
             sums[0][r].v[c] += sum;
         }
 }
-
-TR_INLINE size_t largest_of_fours(const float*, size_t, float*, f32x16&) { return 0; }
-TR_INLINE size_t round_eights(const float*, size_t, const float*, int8_t*, size_t, int32_t*, size_t) { return 0; }
 
 }  // namespace

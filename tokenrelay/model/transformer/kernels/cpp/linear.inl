@@ -80,7 +80,7 @@ template <class W> void linear_of(const Linear& a, const W* panels) {
         size_t wide_end = task / row_blocks * PANEL_GROUP;
         for_row_groups(row_begin, row_end, [&](size_t row, auto count) {
             constexpr int R = decltype(count)::value;
-            constexpr int P = panels_for(R);
+            constexpr int P = least(panels_for(R), PANEL_GROUP);
             size_t panel = wide_end;
             for (; panel + P <= panel_end; panel += P) linear_tile<R, P>(a, panels, row, panel);
             for (; panel < panel_end; panel++) linear_tile<R, 1>(a, panels, row, panel);

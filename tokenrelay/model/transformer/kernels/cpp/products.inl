@@ -1,11 +1,19 @@
 // Integer products of weights of 8 or 4 bits, or of 16 or 8 in pairs, with activations: all are exact.
 //
-// Each instruction set's file has i32x16, a vector of sixteen integers, and
+// Each instruction set's file has i32x16, a vector of sixteen integers, round_group, store_rounded, and
 //   add_products: sums += products of 16 columns over one group, for R rows, whose activations from k on are at x(row, k). Weights
 //     are unsigned and lie as [16][4] bytes: 8 bits, four k after each other; 4 bits, four k in the low halves and the next four
 //     in the high ones.
 //   multiply: as of floats (linear.inl), with pairs of k that lie together.
-//   largest_of_fours, round_eights: how many groups were quantized several at a time, from the first one on.
+#if defined(TR_AVX2) || defined(TR_AVX512)
+namespace {
+TR_INLINE int32_t sum(__m128i a) {
+    const __m128i two = _mm_add_epi32(a, _mm_unpackhi_epi64(a, a));
+    return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
+}
+}  // namespace
+#endif
+
 #if defined(TR_AVX512)
 #include "integers_avx512.inl"
 #elif defined(TR_AVX2)
@@ -15,6 +23,12 @@
 #endif
 
 namespace {
+
+// From the first one on, groups that are quantized several at a time; returns how many.
+#if !defined(TR_AVX512)
+TR_INLINE size_t largest_of_fours(const float*, size_t, float*, f32x16&) { return 0; }
+TR_INLINE size_t round_eights(const float*, size_t, const float*, int8_t*, size_t, int32_t*, size_t) { return 0; }
+#endif
 
 // max |x| of each group; returns the sums of squares.
 TR_INLINE f32x16 largest_of_groups(const float* x, size_t groups, float* largest) {

@@ -5,7 +5,7 @@
 // low halves are summed in the same way by themselves, and added after every 24 groups; + bias at the end. So a row's bits
 // depend on nothing but the row, whatever instructions do the sums.
 //
-// A sum begins as the bits of the float 1.5 * 2^23, so its own are those of that float plus the sum: no conversion is needed, and
+// A sum begins as the bits of the float 1.5 * 2^23 (MAGIC), so its own are those of that float plus the sum: no conversion is needed, and
 // fma(1.5 * 2^23 + sum, w_scale, -1.5 * 2^23 * w_scale) is their product, rounded once.
 //
 // An activation is 256 * high + low. Most groups have only the high half; a group far above the row's mean would drown
@@ -15,8 +15,6 @@ namespace {
 constexpr float HIGH = 127.0f, BOTH = 127.0f * 256.0f;  // the largest integers
 constexpr float OUTLIER = 36.0f;  // largest element squared, over the row's mean square
 constexpr float TINY = 1e-24f;    // below, a group counts as zero: its factor would overflow, its products lose bits
-
-constexpr int32_t MAGIC = 3 << 22, MAGIC_BITS = 0x4b400000;  // 1.5 * 2^23, and as a float
 
 // Of K at a time: two panels spread out take 24 KiB, in the first cache with the rows' activations. Part of the result's definition.
 constexpr size_t BLOCK_GROUPS = 24;
@@ -136,7 +134,7 @@ struct Quantized {
             }, sum);
             for (int p = 0; p < P; p++) {
                 w[p] += Weights::GROUP_BYTES;
-                const f32x16 scale = load_f16(a.scales + (panels[p] * groups + g) * 16), magic = mul(scale, broadcast(-float(MAGIC)));
+                const f32x16 scale = load_f16(a.scales + (panels[p] * groups + g) * 16), magic = mul(scale, broadcast(-MAGIC));
                 for (int r = 0; r < R; r++)
                     total[p][r] = fma(fma(float_of(sum[p][r]), scale, magic), broadcast(scales[at + r * next_row]), total[p][r]);
                 if (Weights::BITS == 8) continue;
