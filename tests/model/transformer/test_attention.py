@@ -237,6 +237,14 @@ def test_a_value_that_is_no_number_spoils_who_sees_it_and_nobody_else(dtype: tor
     assert spoiled[70:, 1].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *INTEGERS])
+def test_a_query_of_zeros_weighs_all_its_keys_alike(dtype: torch.dtype) -> None:
+    request = PagedRequest(100, 6, 2, 24, dtype)
+    request.qkv[:, : 6 * 24] = 0
+    mean = request.qkv[:71, 8 * 24 :].mean(0).view(2, 1, 24).expand(2, 3, 24)
+    close(request.forward(0, 100)[70], mean.flatten(), 0.01)
+
+
 @pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("head_dim", [8, 24, 33, 64])
 def test_integers_are_written_as_the_reference_does(head_dim: int, dtype: torch.dtype) -> None:

@@ -124,9 +124,9 @@ def paged_attention(
         scores = _capped(scores, softcap).masked_fill(~seen[:, key], float("-inf"))
         weights = _softmax(scores, sink_logits)
         if value_scales is not None:
-            weights = weights * _for_query_heads(value_scales[block, :, offset].unsqueeze(-1), group).transpose(1, 2)
+            scales = _for_query_heads(value_scales[block, :, offset].unsqueeze(-1), group).transpose(1, 2)
             passes = as_sink[:, key], (seen & ~as_sink)[:, key]
-            rounded = (_rounded_by_chunk(weights.where(taken, 0.0), key, v_cache.dtype) for taken in passes)
+            rounded = (_rounded_by_chunk(weights, scales, taken, key, v_cache.dtype) for taken in passes)
             weights = torch.add(*rounded)
         out[rows] = (weights @ v).transpose(0, 1)
     return out.view(num_tokens, num_heads * head_dim)
@@ -145,15 +145,29 @@ def _rounded(x: Tensor, cached: torch.dtype, n: int) -> Tensor:
     """x [..., n] as it is multiplied with a cache of integers: in as many bits as keep sums of n within 32."""
     if cached not in LARGEST_CACHED:
         return x
-    integers, scales = quantize(x, min(32767, (2**31 - 1) // (LARGEST_CACHED[cached] * n)))
+    integers, scales = quantize(x, _largest_factor(cached, n))
     return integers * scales.unsqueeze(-1)
 
 
-def _rounded_by_chunk(weights: Tensor, key: Tensor, cached: torch.dtype) -> Tensor:
-    """weights [H, queries, keys] of the keys at these positions."""
+def _largest_factor(cached: torch.dtype, n: int) -> int:
+    return min(32767, (2**31 - 1) // (LARGEST_CACHED[cached] * n))
+
+
+def _rounded_by_chunk(weights: Tensor, scales: Tensor, seen: Tensor, key: Tensor, cached: torch.dtype) -> Tensor:
+    """weights [H, queries, keys] times scales [H, 1, keys] of the keys at these positions, as far as they are seen.
+
+    A chunk's largest weight times its largest scale becomes the largest integer.
+    """
     end = (int(key[-1]) // CHUNK + 1) * CHUNK
-    chunks = weights.new_zeros((*weights.shape[:2], end)).index_copy_(2, key, weights)
-    return _rounded(chunks.view(*weights.shape[:2], -1, CHUNK), cached, CHUNK).flatten(2).index_select(2, key)
+
+    def chunks(x: Tensor) -> Tensor:
+        whole = weights.new_zeros((*weights.shape[:2], end))
+        return whole.index_copy_(2, key, x.expand_as(weights).where(seen, 0.0)).unflatten(2, (-1, CHUNK))
+
+    parts, factors = chunks(weights), chunks(scales)
+    step = parts.amax(-1, keepdim=True) * factors.amax(-1, keepdim=True) / _largest_factor(cached, CHUNK)
+    steps = torch.where(step == 0, 0.0, (parts * factors / step).round())
+    return (steps * step).flatten(2).index_select(2, key)
 
 
 def _capped(scores: Tensor, softcap: float) -> Tensor:

@@ -6,8 +6,10 @@
 // of a prefill chunk equals the same row of a decode step. Keys that no vector of a group sees are not read at all.
 //
 // A cache of integers is multiplied as it is: query vectors are rounded to integers with a scale each, and so are a row's
-// weights of a chunk, times the values' scales. As many bits as keep the sums within 32, which makes them exact in any order.
-// (after SageAttention, Zhang et al. 2024, which has 8 bits)
+// weights of a chunk, under the chunk's own maximum, times the scales of their values. As many bits as keep the sums within 32,
+// which makes them exact in any order. (after SageAttention, Zhang et al. 2024, which has 8 bits)
+//
+// Exponents are of two: scores are multiplied by log2(e).
 namespace {
 
 constexpr size_t TILE = 96;   // query vectors that share one pass over the keys
@@ -28,6 +30,15 @@ template <class W> struct Sixteen {
     const float *key_scales, *value_scales;
 };
 
+// What turns a chunk's weights into integers that are multiplied with its values, for the rows that see keys [from, to) of it.
+struct ValueScales {
+    alignas(64) float factors[CHUNK];
+    alignas(64) float lost[CHUNK];  // 0, or NaN of a value that is not a number
+    float unit;                     // of the sums
+    bool all_numbers;
+    size_t from, to;
+};
+
 template <class W> struct AttentionTile {
     using Factor = typename Products<W>::Factor;
     using Sum = typename Products<W>::Sum;
@@ -39,12 +50,14 @@ template <class W> struct AttentionTile {
     Sixteen<W> chunk[CHUNK / 16];   // what is seen of the current one
     Factor q[TILE * MAX_HEAD_DIM];  // rows so far apart whatever dim is: a constant needs no register
     float q_scale[TILE];
+    float exponent[TILE + 16];  // of two, is a score times this
     float acc[TILE * MAX_HEAD_DIM];
     alignas(64) float scores[TILE * CHUNK];
     Factor rounded[INTEGER ? TILE * CHUNK : 1];  // of a chunk's weights
-    float rounded_scale[TILE];
+    float rounded_scale[TILE + 16];
+    ValueScales values;
     f32x16 total[TILE];
-    float highest[TILE];
+    float highest[TILE + 16];  // score so far, in powers of two
     size_t first[TILE], end[TILE];  // the keys that a vector sees in this pass; neither falls within a head
 
     AttentionTile(const AttentionParams& params, size_t request)
@@ -87,13 +100,15 @@ template <class W> struct AttentionTile {
             }
             const Step step(maximum(top), largest_factor(dim));
             for (size_t d = 0; d < dim; d += 16) store_rounded(to + d, mul(part[d / 16], broadcast(step.factor)));
-            q_scale[row] = step.scale;
+            q_scale[row] = step.scale == 0.0f ? 1.0f : step.scale;  // times -inf, for a hidden key
         } else {
             for (size_t d = 0; d < dim; d++) to[d] = from[d] * a.scale;
+            q_scale[row] = 1.0f;
         }
+        exponent[row] = a.softcap > 0.0f ? LOG2_E : q_scale[row] * LOG2_E;
     }
 
-    // scores[row][key] = sum over d ascending of q[row][d] * K[d][key], times the scales of both if they are integers.
+    // scores[row][key] = sum over d ascending of q[row][d] * K[d][key], times the key's scale if they are integers.
     template <int R, int P> TR_INLINE void score_blocks(size_t row, size_t key) {
         Sum s[R][P];
         const W* k[P];
@@ -105,8 +120,7 @@ template <class W> struct AttentionTile {
             float* to = scores + row * CHUNK + key + p * 16;
             if constexpr (INTEGER) {
                 const f32x16 scale = load(chunk[key / 16 + p].key_scales);
-                for (int r = 0; r < R; r++)
-                    store(to + r * CHUNK, mul(to_float(s[r][p]), mul(broadcast(q_scale[row + r]), scale)));
+                for (int r = 0; r < R; r++) store(to + r * CHUNK, mul(to_float(s[r][p]), scale));
             } else {
                 for (int r = 0; r < R; r++) store(to + r * CHUNK, s[r][p]);
             }
@@ -114,10 +128,13 @@ template <class W> struct AttentionTile {
     }
 
     __attribute__((noinline)) void cap_scores(size_t row, size_t from, size_t to) {
-        const f32x16 softcap = broadcast(a.softcap), inverse = broadcast(1.0f / a.softcap);
+        const f32x16 softcap = broadcast(a.softcap), inverse = broadcast(q_scale[row] / a.softcap);
         for (float* s = scores + row * CHUNK + from; s < scores + row * CHUNK + to; s += 16)
             store(s, mul(softcap, tanh(mul(load(s), inverse))));
     }
+
+    // Where a key stands in the chunk that begins at `start`, or on which side of it.
+    static size_t beyond(size_t key, size_t start) { return key > start ? least(key - start, CHUNK) : 0; }
 
     // The scores of keys [from, to) of a chunk, in blocks of 16; what a row does not see gets -inf.
     template <int R> void score(size_t row, size_t start, size_t from, size_t to) {
@@ -128,50 +145,67 @@ template <class W> struct AttentionTile {
         for (size_t r = row; r < row + R; r++) {
             if (a.softcap > 0.0f) cap_scores(r, from / 16 * 16, to);
             float* s = scores + r * CHUNK;
-            const size_t hidden = first[r] > start ? least(first[r] - start, CHUNK) : 0;
-            for (size_t i = 0; i < hidden; i++) s[i] = -__builtin_inff();
-            for (size_t i = end[r] > start ? end[r] - start : 0; i < CHUNK; i++) s[i] = -__builtin_inff();
+            for (size_t i = 0; i < beyond(first[r], start); i++) s[i] = -__builtin_inff();
+            for (size_t i = beyond(end[r], start); i < CHUNK; i++) s[i] = -__builtin_inff();
         }
     }
 
-    // Whether all values of the chunk are numbers, with what else stands in their blocks.
-    bool has_numbers() const {
-        f32x16 sums = broadcast(0.0f);
-        for (const Sixteen<W>& of : chunk) sums = fma(load(of.value_scales), broadcast(0.0f), sums);
-        return sum(sums) == 0.0f;
-    }
-
-    // Turns scores into weights under the new maximum, and brings what was summed so far under it as well. Integers: weights
-    // times the scales of their values, rounded. A value that is not a number makes the row's total none, if the row sees it.
-    TR_INLINE void soften(size_t row, bool numbers) {
-        constexpr size_t N = CHUNK / 16;
-        float* s = scores + row * CHUNK;
-        f32x16 part[N];
-        for (size_t i = 0; i < N; i++) part[i] = load(s + i * 16);
-        const float before = highest[row], now = maximum(max(max(part[0], part[1]), max(part[2], part[3])));
-        if (now > before) {
-            highest[row] = now;
-            const f32x16 factor = exp_below_0(broadcast(before - now));
-            total[row] = mul(total[row], factor);
-            float* sums = acc + row * MAX_HEAD_DIM;
-            for (size_t d = 0; d < padded; d += 16) store(sums + d, mul(load(sums + d), factor));
-        }
-        const f32x16 highest_now = broadcast(highest[row]);
-        for (size_t i = 0; i < N; i++) part[i] = exp_below_0(sub(part[i], highest_now));
-        total[row] = add(total[row], add(add(part[0], part[1]), add(part[2], part[3])));
-        if constexpr (INTEGER) {
-            for (size_t i = 0; i < N; i++) {
-                const f32x16 weight = part[i];
-                part[i] = mul(weight, load(chunk[i].value_scales));
-                if (numbers) continue;
-                part[i] = zero_where_below(part[i], weight, __FLT_MIN__);
-                total[row] = fma(part[i], broadcast(0.0f), total[row]);
+    // What is of all rows that see keys [from, to) of the chunk.
+    __attribute__((noinline)) void scale_values(size_t from, size_t to) {
+        f32x16 top = broadcast(0.0f), lost = top;
+        for (size_t i = 0; i < CHUNK; i += 16) {
+            for (size_t key = i; key < i + 16; key++) {
+                const float scale = key >= from && key < to ? chunk[i / 16].value_scales[key - i] : 0.0f;
+                values.lost[key] = scale * 0.0f;
+                values.factors[key] = values.lost[key] == 0.0f ? scale : 0.0f;
             }
-            const Step step(maximum(max(max(part[0], part[1]), max(part[2], part[3]))), largest_factor(CHUNK));
-            for (size_t i = 0; i < N; i++) store_rounded(rounded + row * CHUNK + i * 16, mul(part[i], broadcast(step.factor)));
-            rounded_scale[row] = step.scale;
-        } else {
-            for (size_t i = 0; i < N; i++) store(s + i * 16, part[i]);
+            top = max(load(values.factors + i), top), lost = add(lost, load(values.lost + i));
+        }
+        const Step step(maximum(top), largest_factor(CHUNK));
+        for (size_t i = 0; i < CHUNK; i += 16) store(values.factors + i, mul(load(values.factors + i), broadcast(step.factor)));
+        values.unit = step.scale, values.all_numbers = sum(lost) == 0.0f, values.from = from, values.to = to;
+    }
+
+    // Turns R rows' scores into weights, and brings what was summed so far under the new maximum. Integers: under the chunk's
+    // maximum, times the scales of their values, rounded. A value that is not a number makes a row's total none, if it sees it.
+    template <int R> TR_INLINE void soften(size_t row, size_t start) {
+        constexpr size_t N = CHUNK / 16;
+        f32x16 tops[R];
+        for (int r = 0; r < R; r++) {
+            const float* s = scores + (row + r) * CHUNK;
+            tops[r] = max(max(load(s), load(s + 16)), max(load(s + 32), load(s + 48)));
+        }
+        const f32x16 scale = load(exponent + row), before = load(highest + row);
+        const f32x16 top = max(mul(maxima(tops), scale), broadcast(-__FLT_MAX__)), now = max(top, before);  // finite
+        alignas(64) float below[16], kept[16], share[16];
+        store(below, sub(broadcast(0.0f), INTEGER ? top : now));
+        store(kept, exp2_below_0(sub(before, now)));
+        store(share, exp2_below_0(INTEGER ? sub(top, now) : broadcast(0.0f)));
+        store_part(highest + row, now, R);
+        for (int r = 0; r < R; r++) {
+            float* s = scores + (row + r) * CHUNK;
+            f32x16 part[N];
+            for (size_t i = 0; i < N; i++)
+                part[i] = exp2_below_0(fma(load(s + i * 16), broadcast(exponent[row + r]), broadcast(below[r])));
+            const f32x16 sums = add(add(part[0], part[1]), add(part[2], part[3]));
+            f32x16& all = total[row + r];
+            if (kept[r] != 1.0f) {
+                all = mul(all, broadcast(kept[r]));
+                float* to = acc + (row + r) * MAX_HEAD_DIM;
+                for (size_t d = 0; d < padded; d += 16) store(to + d, mul(load(to + d), broadcast(kept[r])));
+            }
+            all = fma(sums, broadcast(share[r]), all);
+            if constexpr (INTEGER) {
+                const size_t from = beyond(first[row + r], start), to = beyond(end[row + r], start);
+                if (values.from != from || values.to != to) scale_values(from, to);
+                for (size_t i = 0; !values.all_numbers && i < N; i++)
+                    all = add(all, zero_where_below(load(values.lost + i * 16), part[i], __FLT_MIN__));
+                for (size_t i = 0; i < N; i++) part[i] = mul(part[i], load(values.factors + i * 16));
+                for (size_t i = 0; i < N; i += 2) store_rounded(rounded + (row + r) * CHUNK + i * 16, part[i], part[i + 1]);
+                rounded_scale[row + r] = share[r] * values.unit;
+            } else {
+                for (size_t i = 0; i < N; i++) store(s + i * 16, part[i]);
+            }
         }
     }
 
@@ -208,12 +242,11 @@ template <class W> struct AttentionTile {
     }
 
     // The rows' share of one chunk.
-    template <int R> void attend_chunk(size_t row, size_t start, bool numbers) {
+    template <int R> void attend_chunk(size_t row, size_t start) {
         if (end[row + R - 1] <= start || first[row] >= start + CHUNK) return;
-        const size_t from = first[row] > start ? first[row] - start : 0;
-        const size_t to = least(end[row + R - 1] - start, CHUNK);
+        const size_t from = beyond(first[row], start), to = beyond(end[row + R - 1], start);
         score<R>(row, start, from, to);
-        for (int r = 0; r < R; r++) soften(row + r, numbers);
+        soften<R>(row, start);
         weigh<R>(row, from, to);
     }
 
@@ -221,7 +254,7 @@ template <class W> struct AttentionTile {
     void attend(const AttentionTask& task) {
         const size_t count = task.count, most = end[count - 1];
         for (size_t start = first[0] / CHUNK * CHUNK; start < most; start += CHUNK) {
-            const size_t from = first[0] > start ? first[0] - start : 0, to = least(most - start, CHUNK);
+            const size_t from = beyond(first[0], start), to = beyond(most, start);
             for (size_t head = 0; head < task.heads; head++) {
                 for (Sixteen<W>& of : chunk) of.value_scales = no_scales;
                 for (size_t key = from / 16 * 16; key < to; key += 16) find(start + key, task.head + head, chunk[key / 16]);
@@ -230,10 +263,9 @@ template <class W> struct AttentionTile {
                     find(next, task.head + head, coming);
                     prefetch(coming);
                 }
-                bool numbers = true;
-                if constexpr (INTEGER) numbers = has_numbers();
+                values.to = SIZE_MAX;  // not yet known
                 for_row_groups(head * count, (head + 1) * count, [&](size_t row, auto rows) {
-                    attend_chunk<decltype(rows)::value>(row, start, numbers);
+                    attend_chunk<decltype(rows)::value>(row, start);
                 });
             }
         }
@@ -248,7 +280,7 @@ template <class W> struct AttentionTile {
             const size_t vector = task.vector + r % task.count, head = (task.head + r / task.count) * group + vector % group;
             position[r] = a.seq_lens[task.request] - tokens + vector / group;
             place[r] = ((token + vector / group) * a.num_heads + head) * dim;
-            const float one = 1.0f, sink = a.sink_logits ? a.sink_logits[head] : -__builtin_inff();
+            const float one = 1.0f, sink = a.sink_logits ? a.sink_logits[head] * LOG2_E : -__builtin_inff();
             highest[r] = sink > -__FLT_MAX__ ? sink : -__FLT_MAX__;  // finite: keys hidden before others weigh exp(-inf) = 0
             total[r] = a.sink_logits ? load_part(&one, 1) : broadcast(0.0f);
             for (size_t d = 0; d < padded; d += 16) store(acc + r * MAX_HEAD_DIM + d, broadcast(0.0f));
@@ -297,8 +329,9 @@ void paged_attention(const AttentionParams* params) {
             size_t middle = (low + high) / 2;
             (first_task[middle] <= index ? low : high) = middle;
         }
-        const size_t parts = kv_heads / heads(low), tile = (index - first_task[low]) / parts * TILE;
-        const AttentionTask task{low, tile, least(vectors(low) - tile, TILE), (index - first_task[low]) % parts, heads(low)};
+        const size_t tiles = (vectors(low) + TILE - 1) / TILE, of_request = index - first_task[low];
+        const size_t tile = of_request % tiles * TILE;
+        const AttentionTask task{low, tile, least(vectors(low) - tile, TILE), of_request / tiles, heads(low)};
         if (a.cache.type == INT8) AttentionTile<int8_t>(a, low).run(task);
         else if (a.cache.type == INT16) AttentionTile<int16_t>(a, low).run(task);
         else AttentionTile<float>(a, low).run(task);

@@ -183,6 +183,32 @@ TR_INLINE float maximum(f32x16 a) {
 }
 #endif
 
+// Lane r: the largest of x[r].
+#if defined(TR_AVX512)
+TR_INLINE __m512 greater(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+TR_INLINE __m512 maxima_of_two(__m512 a, __m512 b) { return greater(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+// of four: lanes 0 to 3 of each quarter
+TR_INLINE __m512 maxima_of_four(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512d left = _mm512_castps_pd(maxima_of_two(a, b)), right = _mm512_castps_pd(maxima_of_two(c, d));
+    return greater(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)), _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)));
+}
+template <int R> TR_INLINE f32x16 maxima(const f32x16 (&x)[R]) {
+    static_assert(R <= 8);
+    auto of = [&](int r) { return x[r < R ? r : 0].v; };
+    const __m512 first = maxima_of_four(of(0), of(1), of(2), of(3));
+    const __m512 second = R > 4 ? maxima_of_four(of(4), of(5), of(6), of(7)) : first;
+    const __m512 halves = greater(_mm512_shuffle_f32x4(first, second, 0b01000100), _mm512_shuffle_f32x4(first, second, 0b11101110));
+    const __m512 all = greater(halves, _mm512_shuffle_f32x4(halves, halves, 0b10110001));
+    return {_mm512_shuffle_f32x4(all, all, 0b11011000)};
+}
+#else
+template <int R> TR_INLINE f32x16 maxima(const f32x16 (&x)[R]) {
+    alignas(64) float largest[16] = {};
+    for (int r = 0; r < R; r++) largest[r] = maximum(x[r]);
+    return load(largest);
+}
+#endif
+
 template <class W> TR_INLINE f32x16 load_part(const W* p, size_t n, float fill = 0.0f) {
     if (n >= 16) return load(p);
     float lanes[16];
@@ -197,26 +223,30 @@ TR_INLINE void store_part(float* p, f32x16 a, size_t n) {
     for (size_t i = 0; i < n; i++) p[i] = lanes[i];
 }
 
-// e^x within 2 ulp from -87 to 0, exactly 0 below, exactly 1 at 0.
-// x = n ln2 + r; a polynomial (Cephes) gives e^r; n is added to the exponent bits.
-TR_INLINE f32x16 exp_below_0(f32x16 x) {
-    f32x16 capped = max(x, broadcast(EXP_MIN));
-    f32x16 rounded = fma(capped, broadcast(1.44269504088896341f), broadcast(MAGIC));
-    f32x16 n = sub(rounded, broadcast(MAGIC));
-    f32x16 r = fma(n, broadcast(-0.693359375f), capped);
-    r = fma(n, broadcast(2.12194440e-4f), r);
-    f32x16 p = broadcast(1.9875691500e-4f);
-    p = fma(p, r, broadcast(1.3981999507e-3f));
-    p = fma(p, r, broadcast(8.3334519073e-3f));
-    p = fma(p, r, broadcast(4.1665795894e-2f));
-    p = fma(p, r, broadcast(1.6666665459e-1f));
-    p = fma(p, r, broadcast(5.0000001201e-1f));
-    f32x16 power = add(fma(p, mul(r, r), r), broadcast(1.0f));
-    return zero_where_below(times_power_of_two(power, rounded), x, EXP_MIN);
+constexpr float LOG2_E = 1.44269504f, LOG2_E_REST = 1.92596299e-8f;
+
+// 2^r * 2^n for r within 0.5 of 0, within 2 ulp, exactly 1 at 0; n as its low bits. (a minimax polynomial)
+TR_INLINE f32x16 power_of_two(f32x16 r, f32x16 n) {
+    f32x16 p = broadcast(1.32647272e-3f);
+    p = fma(p, r, broadcast(9.67151264e-3f));
+    p = fma(p, r, broadcast(5.55073374e-2f));
+    p = fma(p, r, broadcast(2.40222421e-1f));
+    p = fma(p, r, broadcast(6.93146977e-1f));
+    return times_power_of_two(fma(p, r, broadcast(1.0f)), n);
 }
 
-// The same up to 88, capped above.
-TR_INLINE f32x16 exp(f32x16 x) { return exp_below_0(min(broadcast(EXP_MAX), x)); }
+// 2^x, exactly 0 below -126.
+TR_INLINE f32x16 exp2_below_0(f32x16 x) {
+    const f32x16 rounded = add(x, broadcast(MAGIC)), r = sub(x, sub(rounded, broadcast(MAGIC)));
+    return zero_where_below(power_of_two(r, rounded), x, -126.0f);
+}
+
+// e^x up to 88, capped above; exactly 0 below -87.
+TR_INLINE f32x16 exp(f32x16 x) {
+    const f32x16 capped = min(broadcast(EXP_MAX), x), rounded = fma(capped, broadcast(LOG2_E), broadcast(MAGIC));
+    const f32x16 n = sub(rounded, broadcast(MAGIC)), r = fma(capped, broadcast(LOG2_E), sub(broadcast(0.0f), n));
+    return zero_where_below(power_of_two(fma(capped, broadcast(LOG2_E_REST), r), rounded), capped, EXP_MIN);
+}
 
 // Within 2^-22 of the true value, exactly 1 and -1 far from 0.
 TR_INLINE f32x16 tanh(f32x16 x) {

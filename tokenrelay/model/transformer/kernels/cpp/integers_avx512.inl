@@ -15,6 +15,12 @@ TR_INLINE __m512i four(const int8_t* x) {
 TR_INLINE void store_rounded(int16_t* to, f32x16 a) {
     _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
 }
+// Of 32 numbers.
+TR_INLINE void store_rounded(int16_t* to, f32x16 a, f32x16 b) {
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    const __m512i both = _mm512_packs_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi64(order, both));
+}
 TR_INLINE __m512i load_pairs(const int16_t* w) { return _mm512_loadu_si512(w); }
 TR_INLINE __m512i load_pairs(const int8_t* w) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w)); }
 

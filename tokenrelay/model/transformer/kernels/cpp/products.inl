@@ -24,6 +24,13 @@ TR_INLINE int32_t sum(__m128i a) {
 
 namespace {
 
+#if !defined(TR_AVX512)
+TR_INLINE void store_rounded(int16_t* to, f32x16 a, f32x16 b) {
+    store_rounded(to, a);
+    store_rounded(to + 16, b);
+}
+#endif
+
 // From the first one on, groups that are quantized several at a time; returns how many.
 #if !defined(TR_AVX512)
 TR_INLINE size_t largest_of_fours(const float*, size_t, float*, f32x16&) { return 0; }
