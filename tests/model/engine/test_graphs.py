@@ -39,7 +39,8 @@ def decode_step(num_seqs: int, width: int) -> StepInputs:
     ids = np.arange(1, num_seqs + 1, dtype=np.int64)
     tables = np.arange(num_seqs * width, dtype=np.int32).reshape(num_seqs, width)
     starts = np.arange(num_seqs + 1, dtype=np.int32)
-    return StepInputs(ids, ids + 10, ids + 100, tables, starts, (ids + 11).astype(np.int32))
+    lens = (ids + 11).astype(np.int32)
+    return StepInputs(ids, ids + 10, ids + 100, tables, starts, lens, np.ones(num_seqs, dtype=np.int32))
 
 
 def test_padding_is_one_token_per_request_written_nowhere() -> None:
@@ -116,7 +117,8 @@ def test_only_a_decode_step_that_the_network_takes_as_always_is_replayed(engine:
     ids = np.zeros(2, dtype=np.int64)
     tables, lens = np.zeros((1, 1), dtype=np.int32), np.array([2], dtype=np.int32)
     with torch.inference_mode():
-        executor.forward(StepInputs(ids, ids, ids, tables, np.array([0, 2], dtype=np.int32), lens))  # a prompt
+        starts, results = np.array([0, 2], dtype=np.int32), np.array([1], dtype=np.int32)
+        executor.forward(StepInputs(ids, ids, ids, tables, starts, lens, results))  # a prompt
         executor.forward(decode_step(3, 2)._replace(block_tables=np.zeros((3, 2), dtype=np.int32)))  # too many
         executor.forward(decode_step(2, 2)._replace(block_tables=np.zeros((2, 2), dtype=np.int32)), capturable=False)
         assert recorder.replays == []

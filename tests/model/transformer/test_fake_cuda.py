@@ -86,7 +86,8 @@ def mixed_step() -> StepInputs:
     """A prompt's chunk of 20 tokens, and one token of a sequence of three blocks."""
     tokens = np.zeros(21, dtype=np.int64)
     tables, lens = np.zeros((2, 3), dtype=np.int32), np.array([20, 2 * BLOCK + 5], dtype=np.int32)
-    return StepInputs(tokens, tokens, tokens, tables, np.array([0, 20, 21], dtype=np.int32), lens)
+    starts, results = np.array([0, 20, 21], dtype=np.int32), np.array([0, 1], dtype=np.int32)
+    return StepInputs(tokens, tokens, tokens, tables, starts, lens, results)
 
 
 @pytest.mark.parametrize("family", [name for name in TINY if "," not in name])

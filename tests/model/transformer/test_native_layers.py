@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import accumulate
 
 import pytest
 import torch
@@ -99,7 +101,7 @@ def random_model(config: ModelConfig, *, in_8_bits: bool = False, attention_sink
 
 
 def hidden_states_and_cache(
-    model: Transformer, dtype: torch.dtype, sink_positions_below: int = 0
+    model: Transformer, dtype: torch.dtype, sink_positions_below: int = 0, results: Sequence[int] | None = None
 ) -> tuple[Tensor, list[LayerCache]]:
     """One step of several requests, prefill and decode, over a cache of random content."""
     torch.manual_seed(1)
@@ -113,6 +115,7 @@ def hidden_states_and_cache(
         tables.int(),
         torch.tensor([0, *QUERIES]).cumsum(0).int(),
         torch.tensor(LENGTHS).int(),
+        None if results is None else torch.tensor(results).int(),
         positions.clamp(max=sink_positions_below - 1) if sink_positions_below else None,
     )
     return model(torch.randint(0, VOCAB, positions.shape), positions, cache, metadata), cache
@@ -141,6 +144,29 @@ def test_one_call_gives_the_bits_of_many(switches: dict[str, object]) -> None:
 def test_whatever_weights_and_cache_are_stored_as(in_8_bits: bool, dtype: torch.dtype) -> None:
     config = config_with({"norm_placement": "sandwich", "qk_norm": "head", "attention_softcap": 3.0})
     check_that_the_bits_are_those_of_the_layers(random_model(config, in_8_bits=in_8_bits), dtype)
+
+
+def check_that_rows_nobody_asks_for_change_nothing(model: Transformer, sinks_below: int = 0) -> None:
+    with torch.inference_mode():
+        hidden, cache = hidden_states_and_cache(model, torch.int16, sinks_below)
+        hidden = hidden.clone()  # the next call overwrites it
+    for results in ((1, 1, 1, 3), (0, 1, 0, 1), (0, 0, 0, 0), (17, 0, 1, 2)):
+        with torch.inference_mode():
+            asked, written = hidden_states_and_cache(model, torch.int16, sinks_below, results)
+        for end, count in zip(accumulate(QUERIES), results, strict=True):
+            assert torch.equal(asked[end - count : end], hidden[end - count : end])
+        for ours, theirs in zip(written, cache, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None)
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+def test_rows_that_nobody_asks_for_change_nothing(switches: dict[str, object]) -> None:
+    check_that_rows_nobody_asks_for_change_nothing(random_model(config_with(switches)))
+
+
+def test_nor_do_they_where_a_text_outgrew_the_context() -> None:
+    model = random_model(config_with({"rotary_dim": 12}), attention_sinks=4)
+    check_that_rows_nobody_asks_for_change_nothing(model, sinks_below=60)
 
 
 def test_a_text_that_outgrew_the_context() -> None:

@@ -87,7 +87,7 @@ class Sequence:
             self.table.int().unsqueeze(0),
             torch.tensor([0, end - begin], dtype=torch.int32),
             torch.tensor([end], dtype=torch.int32),
-            as_seen if self.sinks and as_seen[-1] < end - 1 else None,
+            sink_positions=as_seen if self.sinks and as_seen[-1] < end - 1 else None,
         )
         logits = self.model.compute_logits(self.model(self.ids[begin:end], positions, self.cache, metadata))
         self.free(end)

@@ -32,6 +32,7 @@ class StepInputs(NamedTuple):
     block_tables: np.ndarray  # [B, M] int32
     query_start_loc: np.ndarray  # [B + 1] int32
     seq_lens: np.ndarray  # [B] int32
+    num_results: np.ndarray  # [B] int32
     sink_positions: np.ndarray | None = None  # [T] int64
 
     @property
@@ -76,7 +77,10 @@ class Executor(Protocol):
         """Of the KV cache, (from, to) each; comes before the step's ``forward``."""
 
     def forward(self, inputs: StepInputs, *, capturable: bool = True) -> Tensor:
-        """Hidden states [T, C], until the next call. ``capturable``: the network does what it always does."""
+        """Hidden states [T, C], until the next call; only ``num_results`` of each request's last rows need be right.
+
+        ``capturable``: the network does what it always does.
+        """
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[S, C] → [S, vocabulary] fp32, where the sampler can work on them."""

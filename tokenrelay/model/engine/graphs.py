@@ -41,13 +41,14 @@ def padded(inputs: StepInputs, size: int, width: int) -> StepInputs:
         tables,
         np.arange(size + 1, dtype=np.int32),
         np.pad(inputs.seq_lens, (0, more), constant_values=1),
+        np.ones(size, dtype=np.int32),
     )
 
 
 def empty_step(size: int, width: int) -> StepInputs:
     """Nothing but padding."""
     ids, ints = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
-    return padded(StepInputs(ids, ids, ids, ints.reshape(0, 0), ints, ints), size, width)
+    return padded(StepInputs(ids, ids, ids, ints.reshape(0, 0), ints, ints, ints), size, width)
 
 
 class _Graph(NamedTuple):

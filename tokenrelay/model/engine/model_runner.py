@@ -76,6 +76,7 @@ class ModelRunner:
             padded,
             np.array(starts, dtype=np.int32),
             np.array([entry.request.num_computed_tokens + entry.num_rows for entry in batch], dtype=np.int32),
+            np.array([entry.num_results for entry in batch], dtype=np.int32),
             self._sink_positions(all_positions),
         )
 
@@ -90,7 +91,7 @@ class ModelRunner:
         sampled = [Sampled()] * len(batch)
         sampling = [index for index, entry in enumerate(batch) if entry.samples]
         if sampling:
-            spans = [range(starts[i + 1] - len(batch[i].draft_token_ids) - 1, starts[i + 1]) for i in sampling]
+            spans = [range(starts[i + 1] - batch[i].num_sampled_rows, starts[i + 1]) for i in sampling]
             logits = self.executor.compute_logits(_chosen(hidden, [*chain(*spans)]))
             for index, one in zip(sampling, self._sampler.sample(logits, [batch[i] for i in sampling]), strict=True):
                 sampled[index] = one

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenrelay.model.engine.executor import Executor, StepInputs
 from tokenrelay.model.transformer.communicator import Communicator
 
-NUM_PARTS = 8  # the arrays of StepInputs, and the block copies
+NUM_PARTS = 9  # the arrays of StepInputs, and the block copies
 
 
 class LeadingExecutor:
@@ -62,7 +62,7 @@ def _parts_of(inputs: StepInputs, copies: Sequence[tuple[int, int]]) -> list[Ten
 
 def _step_of(parts: tuple[Tensor, ...]) -> tuple[StepInputs, list[tuple[int, int]]]:
     """The inverse; the kernels want some of them as int32."""
-    input_ids, positions, slots, tables, starts, lens, sinks, copies = (part.numpy() for part in parts)
+    input_ids, positions, slots, tables, starts, lens, results, sinks, copies = (part.numpy() for part in parts)
     inputs = StepInputs(
         input_ids,
         positions,
@@ -70,6 +70,7 @@ def _step_of(parts: tuple[Tensor, ...]) -> tuple[StepInputs, list[tuple[int, int
         tables.reshape(len(lens), -1).astype(np.int32),
         starts.astype(np.int32),
         lens.astype(np.int32),
+        results.astype(np.int32),
         sinks if len(sinks) else None,
     )
     return inputs, [(source, to) for source, to in copies.reshape(-1, 2).tolist()]

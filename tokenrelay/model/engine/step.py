@@ -34,6 +34,17 @@ class ScheduledRequest(NamedTuple):
         """Whether a next token is drawn."""
         return self.completes and self.request.pooling is None
 
+    @property
+    def num_sampled_rows(self) -> int:
+        """From the last known token on, if a next one is drawn."""
+        return 1 + len(self.draft_token_ids) if self.samples else 0
+
+    @property
+    def num_results(self) -> int:
+        """Of so many of its last rows hidden states are asked for."""
+        takes_all = self.request.pooling is not None or self.request.wants_prompt_logprobs
+        return self.num_rows if takes_all else self.num_sampled_rows
+
 
 @dataclass(slots=True)
 class SchedulerOutput:

@@ -136,7 +136,7 @@ class Forward(ctypes.Structure):
         ("network", Network),
         *((name, c_void_p) for name in ("x", "residual", "normed", "wide", "narrow", "q", "q_sink", "scratch")),
         *((name, c_void_p) for name in ("cos_sin", "positions", "sink_positions", "slots", "nowhere")),
-        *((name, c_void_p) for name in ("block_tables", "query_start", "seq_lens")),
+        *((name, c_void_p) for name in ("block_tables", "query_start", "seq_lens", "num_results")),
         ("adapted", ctypes.POINTER(AdaptedRows)),
         *((name, c_void_p) for name in ("low", "added")),
         *((name, c_int64) for name in ("num_tokens", "num_requests", "max_blocks", "num_adapted")),

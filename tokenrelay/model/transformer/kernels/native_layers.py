@@ -73,7 +73,8 @@ class Room(NamedTuple):
 
 
 class NativeLayers:
-    """Called as ``Transformer.run_layers``; what it returns is overwritten by the next call.
+    """Called as ``Transformer.run_layers``; what it returns is overwritten by the next call. Rows that nobody asked for
+    (``AttentionMetadata.num_results``) leave the last layer once their keys and values are cached.
 
     Keeps the addresses of the weights, and of the cache it last met.
     """
@@ -119,7 +120,7 @@ class NativeLayers:
         sinks = metadata.sink_positions
         nowhere = None if sinks is None else torch.full_like(metadata.slot_mapping, -1)
         indices = positions, sinks, metadata.slot_mapping, nowhere
-        tables = metadata.block_tables, metadata.query_start_loc, metadata.seq_lens
+        tables = metadata.block_tables, metadata.query_start_loc, metadata.seq_lens, self._asked_for(metadata, rows)
         library.forward(
             library.Forward(
                 self._network,
@@ -138,6 +139,11 @@ class NativeLayers:
             )
         )
         return normed if config.final_norm else residual
+
+    def _asked_for(self, metadata: AttentionMetadata, rows: int) -> Tensor | None:
+        """None: all rows. So it is with adapters, whose rows stay where they are."""
+        results = metadata.num_results
+        return None if results is None or self._adapters or int(results.sum()) == rows else results
 
     def _make_room(self, rows: int) -> Room:
         config = self._model.config

@@ -76,12 +76,15 @@ void rotate(const Forward& a, const Layer& layer, const int64_t* positions, cons
     rotate_and_cache(&params);
 }
 
-void attend(const Forward& a, const Layer& layer, const float* hidden) {
-    const Network& n = a.network;
+void project(const Forward& a, const Layer& layer, const float* hidden) {
     multiply(a, layer, QKV, hidden, a.wide);
     if (layer.q_norm.weight) normalise_heads(a, layer);
     rotate(a, layer, a.positions, a.slots, a.q);
     if (a.q_sink) rotate(a, layer, a.sink_positions, a.nowhere, a.q_sink);
+}
+
+void attend(const Forward& a, const Layer& layer) {
+    const Network& n = a.network;
     AttentionParams attention{layer.cache,       a.q,         a.q_sink,       a.block_tables, a.query_start, a.seq_lens,
                               layer.sink_logits, a.narrow,    a.num_requests, a.max_blocks,   n.num_heads,   layer.window,
                               layer.num_sinks,   layer.scale, n.softcap};
@@ -95,29 +98,55 @@ void feed_forward(const Forward& a, const Layer& layer, const float* hidden, flo
     multiply(a, layer, DOWN, a.narrow, out);
 }
 
+// What follows once the keys and values are cached.
 void add_in_turn(const Forward& a, const Layer& layer) {
-    attend(a, layer, enter(a, layer.attention_norm));
+    attend(a, layer);
     leave(a, layer.attention_post_norm);
     feed_forward(a, layer, enter(a, layer.mlp_norm), a.x);
     leave(a, layer.mlp_post_norm);
 }
 
 void add_in_parallel(const Forward& a, const Layer& layer) {
-    attend(a, layer, enter(a, layer.attention_norm));
+    attend(a, layer);
     if (layer.mlp_norm.weight) normalise(a, layer.mlp_norm, a.residual, nullptr, a.normed);
     feed_forward(a, layer, a.normed, a.normed);
     for_elements(a, [x = a.x, other = a.normed](size_t i) { x[i] = x[i] + other[i]; });
     leave(a, Norm{});
 }
 
-void forward(const Forward* params) {
-    const Forward& a = *params;
-    for_elements(a, [residual = a.residual](size_t i) { residual[i] = 0.0f; });
-    for (int64_t i = 0; i < a.network.num_layers; i++) {
-        if (a.network.parallel) add_in_parallel(a, a.network.layers[i]);
-        else add_in_turn(a, a.network.layers[i]);
+// Rows that are asked for, of each request its last ones, from where they stand to the front, or back.
+void move_rows(const Forward& a, const int32_t* start, float* rows, size_t width, bool back) {
+    for (int64_t i = 0; i < a.num_requests; i++) {
+        const int64_t request = back ? a.num_requests - 1 - i : i, count = start[request + 1] - start[request];
+        float *own = rows + (a.query_start[request + 1] - count) * width, *front = rows + start[request] * width;
+        __builtin_memmove(back ? own : front, back ? front : own, count * width * sizeof(float));
     }
-    enter(a, a.network.final_norm);
+}
+
+void forward(const Forward* params) {
+    const Forward &whole = *params, *step = params;
+    const Network& n = whole.network;
+    Forward front = whole;  // of the rows that are asked for
+    auto* start = static_cast<int32_t*>(__builtin_alloca((whole.num_requests + 1) * sizeof(int32_t)));
+    for_elements(whole, [residual = whole.residual](size_t i) { residual[i] = 0.0f; });
+    for (int64_t i = 0; i < n.num_layers; i++) {
+        const Layer& layer = n.layers[i];
+        project(whole, layer, enter(whole, layer.attention_norm));
+        if (i + 1 == n.num_layers && whole.num_results) {
+            start[0] = 0;
+            for (int64_t b = 0; b < whole.num_requests; b++) start[b + 1] = start[b] + whole.num_results[b];
+            front.query_start = start, front.num_tokens = start[whole.num_requests], step = &front;
+            const size_t q_size = n.num_heads * layer.cache.head_dim;
+            move_rows(whole, start, whole.residual, n.hidden_size, false);
+            move_rows(whole, start, whole.normed, n.hidden_size, false);
+            move_rows(whole, start, whole.q, q_size, false);
+            if (whole.q_sink) move_rows(whole, start, whole.q_sink, q_size, false);
+        }
+        if (n.parallel) add_in_parallel(*step, layer);
+        else add_in_turn(*step, layer);
+    }
+    enter(*step, n.final_norm);
+    if (step == &front) move_rows(whole, start, n.final_norm.weight ? whole.normed : whole.residual, n.hidden_size, true);
 }
 
 }  // namespace

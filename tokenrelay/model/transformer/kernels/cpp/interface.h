@@ -133,7 +133,7 @@ struct Network {
 };
 
 // One step through all layers. The arrays are as for the single operations; x is overwritten. The result is `normed`, or
-// `residual` if there is no final norm.
+// `residual` if there is no final norm; rows that are not asked for are left undefined, if none is adapted.
 struct Forward {
     Network network;
     float* x;                       // [T, C], embedded
@@ -152,6 +152,7 @@ struct Forward {
     const int32_t* block_tables;
     const int32_t* query_start;
     const int32_t* seq_lens;
+    const int32_t* num_results;     // [B]: of so many of its last rows the result is asked for; null: of all
     const AdaptedRows* adapted;     // [num_adapted]
     float* low;                     // [T, the highest rank of an update], if any rows are adapted
     float* added;                   // as wide
