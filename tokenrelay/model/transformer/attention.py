@@ -21,7 +21,7 @@ class AttentionMetadata:
     block_tables: Tensor  # [B, M] int32: block numbers of each request, padded
     query_start_loc: Tensor  # [B + 1] int32: first row of each request, and T
     seq_lens: Tensor  # [B] int32: tokens of each request so far, those of this step included
-    num_results: Tensor | None = None  # [B] int32: of so many of its last rows hidden states are asked for. None: of all
+    num_results: Tensor | None = None  # [B] int32: rows at a request's end whose results are asked for; None: all
     sink_positions: Tensor | None = None  # [T] int64: where each query stands to the attention sinks; see Attention
 
 

@@ -162,7 +162,7 @@ def _rounded_by_chunk(weights: Tensor, scales: Tensor, seen: Tensor, key: Tensor
 
     def chunks(x: Tensor) -> Tensor:
         whole = weights.new_zeros((*weights.shape[:2], end))
-        return whole.index_copy_(2, key, x.expand_as(weights).where(seen, 0.0)).unflatten(2, (-1, CHUNK))
+        return whole.index_copy_(2, key, x.expand_as(weights).where(seen, 0.0)).view(*whole.shape[:2], -1, CHUNK)
 
     parts, factors = chunks(weights), chunks(scales)
     step = parts.amax(-1, keepdim=True) * factors.amax(-1, keepdim=True) / _largest_factor(cached, CHUNK)
