@@ -142,7 +142,7 @@ def quantized_linear(
 ) -> Tensor:
     """x [T, K] @ W^T + bias [N] -> [T, N], with W of 8 or 4 bits and x rounded to 8, both in groups of 32 along K.
 
-    Groups of x that stick out of their row are rounded to 16 bits. (as the columns of Dettmers et al., "LLM.int8()")
+    What sticks out of a row of x takes more than 8 bits. (as the columns of Dettmers et al., "LLM.int8()")
     panels: uint8, 8 bits [ceil(N / 16), K / 4, 16, 4], or 4 bits [ceil(N / 16), K / 8, 16, 4], which have minima.
     scales, minima [ceil(N / 16), K / 32, 16] fp16. Sums within a group are exact, whatever computes them.
     """

@@ -23,8 +23,8 @@ from tokenrelay.model.transformer.kernels.reference_attention import (
 __all__ = ["BLOCK_SIZE", "kv_cache_shapes", "paged_attention", "rotate_and_cache"]  # what has a file of its own
 
 PANEL_WIDTH = 16
-LARGEST_INPUT = 127 * 256
-OUTLIER = 36  # largest element squared, over the row's mean square
+LARGEST_INPUT = 127
+OUTLIER = 25  # an element squared, over the row's mean square
 TINY = 1e-24  # below, a group counts as zero
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,16 +101,15 @@ def panel_rows(stored: Tensor, ids: Tensor) -> Tensor:
 def quantized_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, K] -> integers [T, K / 32, 32], as fp32, and a scale for each group [T, K / 32].
 
-    An outlier is a group whose largest element is more than 6 times the row's root mean square. It gets integers of 16
-    bits; the others get multiples of 256. What is not finite makes its whole row NaN.
+    A group's largest element becomes 127, but none counts as more than 5 times the row's root mean square: what is
+    beyond, an outlier, gets a larger integer. What is not finite makes its whole row NaN.
     """
     groups = x.float().view(x.shape[0], -1, GROUP)
-    squares = groups.square()
-    limit = OUTLIER * squares.mean((1, 2), keepdim=True)
-    highest = groups.abs().amax(-1, keepdim=True)
-    step = torch.where(squares.amax(-1, keepdim=True) > limit, 1, 256)
-    integers = torch.where(highest > TINY, (groups * (LARGEST_INPUT / step / highest)).round() * step, 0.0)
-    scales = torch.where(highest > TINY, highest / LARGEST_INPUT, 0.0).where(limit.isfinite(), torch.nan)
+    squares = groups.square().sum((1, 2), keepdim=True)
+    limit = torch.where(squares > 1e-30, (OUTLIER * squares / x.shape[1]).sqrt(), torch.inf)
+    top = groups.abs().amax(-1, keepdim=True).minimum(limit)
+    integers = torch.where(top > TINY, (groups * (LARGEST_INPUT / top)).round(), 0.0)
+    scales = torch.where(top > TINY, top / LARGEST_INPUT, 0.0).where(squares.isfinite(), torch.nan)
     return integers.nan_to_num(0.0), scales.squeeze(-1)
 
 

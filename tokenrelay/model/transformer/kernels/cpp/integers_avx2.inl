@@ -131,35 +131,22 @@ TR_INLINE void add_spread_products(const uint8_t* w, X x, i32x16 (&sums)[R]) {
     }
 }
 
-// 8 bits are two times 4.
-template <int R, class X>
-TR_INLINE void add_8_bit_products(const uint8_t* w, X x, i32x16 (&sums)[R]) {
-    const __m256i half = _mm256_set1_epi8(15);
-    for (int shift = 0; shift < 8; shift += 4) {
-        const __m256i unit = _mm256_set1_epi16(1 << shift);
-        __m256i left[R], right[R];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) left[r] = right[r] = _mm256_setzero_si256();
-#pragma GCC unroll 8
-        for (size_t k = 0; k < GROUP; k += 4) {
-            const __m256i* from = (const __m256i*)(w + 16 * k);
-            __m256i a = _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256(from), shift), half);
-            __m256i b = _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256(from + 1), shift), half);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) add_pairs(left[r], right[r], a, b, x(r, k));
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            sums[r].lo = _mm256_add_epi32(sums[r].lo, _mm256_madd_epi16(left[r], unit));
-            sums[r].hi = _mm256_add_epi32(sums[r].hi, _mm256_madd_epi16(right[r], unit));
-        }
+// Two products fit into 16 bits: high parts are within 64 of 0.
+template <int BITS> TR_INLINE i32x16 four_products(const uint8_t* w, size_t k, int32_t x, int32_t start) {
+    const __m256i activations = _mm256_set1_epi32(x), unit = _mm256_set1_epi16(1);
+    __m256i sums[2];
+    for (int i = 0; i < 2; i++) {
+        __m256i columns = _mm256_loadu_si256((const __m256i*)(w + k / (32 / BITS) * 64) + i);
+        if (BITS == 4) columns = _mm256_and_si256(_mm256_srli_epi16(columns, k % 8), _mm256_set1_epi8(15));
+        sums[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(columns, activations), unit);
     }
+    const __m256i first = _mm256_set1_epi32(start);
+    return {_mm256_add_epi32(sums[0], first), _mm256_add_epi32(sums[1], first)};
 }
 
 template <int BITS, int R, class X>
 TR_INLINE void add_products(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
-    if constexpr (BITS == 4) add_4_bit_products(w[0], x, sums[0]);
-    else add_8_bit_products(w[0], x, sums[0]);
+    add_4_bit_products(w[0], x, sums[0]);
 }
 
 }  // namespace

@@ -122,6 +122,12 @@ TR_INLINE void add_four(const __m512i (&w)[P], X x, size_t k, i32x16 (&sums)[P][
     }
 }
 
+template <int BITS> TR_INLINE i32x16 four_products(const uint8_t* w, size_t k, int32_t x, int32_t start) {
+    __m512i columns = _mm512_loadu_si512(w + k / (32 / BITS) * 64);
+    if (BITS == 4) columns = _mm512_and_si512(_mm512_srli_epi16(columns, k % 8), _mm512_set1_epi8(15));
+    return {_mm512_dpbusd_epi32(_mm512_set1_epi32(start), columns, _mm512_set1_epi32(x))};
+}
+
 template <int BITS, int R, int P, class X>
 TR_INLINE void add_products(const uint8_t* const (&w)[P], X x, i32x16 (&sums)[P][R]) {
     const __m512i half = _mm512_set1_epi8(15);

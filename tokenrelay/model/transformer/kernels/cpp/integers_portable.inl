@@ -29,6 +29,15 @@ TR_INLINE int32_t round_group(const float* from, float factor, int8_t* to) {
 TR_INLINE f32x16 to_float(const i32x16& a) { return each([&](int i) { return float(a.v[i]); }); }
 TR_INLINE f32x16 float_of(const i32x16& a) { return each([&](int i) { return float_of(uint32_t(a.v[i])); }); }
 
+template <int BITS> TR_INLINE i32x16 four_products(const uint8_t* w, size_t k, int32_t x, int32_t start) {
+    i32x16 sums = all(start);
+    for (int i = 0; i < 64; i++) {
+        const uint8_t byte = w[k / (32 / BITS) * 64 + i];
+        sums.v[i / 4] += (BITS == 8 ? byte : k / 4 % 2 ? byte >> 4 : byte & 15) * int8_t(x >> i % 4 * 8);
+    }
+    return sums;
+}
+
 template <int BITS, int R, class X>
 TR_INLINE void add_products(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
     for (int r = 0; r < R; r++)

@@ -8,14 +8,14 @@ namespace {
 
 // Rows and panels of the micro-kernel: as many accumulators as the registers hold, and at least 8 to hide the latency of fma.
 #if defined(TR_AVX512)
-constexpr int REGISTERS = 32, MAX_ROWS = 8, QUANTIZED_ROWS = 6, QUANTIZED_PANELS = 2, LOW_ROWS = 6;
+constexpr int REGISTERS = 32, MAX_ROWS = 8, QUANTIZED_ROWS = 6, QUANTIZED_PANELS = 2;
 constexpr int panels_for(int rows) { return rows <= 6 ? 4 : 2; }
 #elif defined(__x86_64__) && !defined(TR_AVX2)
 // Portable on x86 is only the tests' yardstick: compile little.
-constexpr int REGISTERS = 16, MAX_ROWS = 2, QUANTIZED_ROWS = 2, QUANTIZED_PANELS = 1, LOW_ROWS = 1;
+constexpr int REGISTERS = 16, MAX_ROWS = 2, QUANTIZED_ROWS = 2, QUANTIZED_PANELS = 1;
 constexpr int panels_for(int) { return 1; }
 #else
-constexpr int REGISTERS = 16, MAX_ROWS = 6, QUANTIZED_ROWS = 3, QUANTIZED_PANELS = 1, LOW_ROWS = 4;
+constexpr int REGISTERS = 16, MAX_ROWS = 6, QUANTIZED_ROWS = 3, QUANTIZED_PANELS = 1;
 constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #endif
 constexpr size_t ROW_BLOCK = 96, PANEL_GROUP = 2;  // one task of linear: whole tiles; neither changes the bits

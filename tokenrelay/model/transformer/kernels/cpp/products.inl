@@ -1,6 +1,7 @@
 // Integer products of weights of 8 or 4 bits, or of 16 or 8 in pairs, with activations: all are exact.
 //
 // Each instruction set's file has i32x16, a vector of sixteen integers, round_group, store_rounded, and
+//   four_products: of 16 columns with four activations, + start.
 //   add_products: sums += products of 16 columns over one group, for R rows, whose activations from k on are at x(row, k). Weights
 //     are unsigned and lie as [16][4] bytes: 8 bits, four k after each other; 4 bits, four k in the low halves and the next four
 //     in the high ones.
@@ -55,6 +56,8 @@ TR_INLINE void round_groups(const float* x, size_t groups, const float* factors,
         sums[g * next_sum] = round_group(x + g * GROUP, factors[g], to + g * next);
 }
 
+TR_INLINE int32_t sum_of_bytes(int32_t x) { return int8_t(x) + int8_t(x >> 8) + int8_t(x >> 16) + int8_t(x >> 24); }
+
 template <class Sum> Sum nothing();
 template <> TR_INLINE f32x16 nothing<f32x16>() { return broadcast(0.0f); }
 template <> TR_INLINE i32x16 nothing<i32x16>() { return all(0); }
@@ -65,12 +68,12 @@ template <int PACKED_BITS, int MULTIPLIED_BITS = PACKED_BITS> struct Integers {
     static constexpr size_t PACKED_BYTES = GROUP * 2 * BITS, GROUP_BYTES = GROUP * 2 * MULTIPLIED_BITS;
     static constexpr bool SIGNED = false;
     static const uint8_t* unpack(const uint8_t* packed, uint8_t*, size_t) { return packed; }
-    // sums += products with activations, or with their low halves.
-    template <int R, int P, class X> TR_INLINE static void add_high(const uint8_t* const (&w)[P], X x, i32x16 (&sums)[P][R]) {
+    template <int R, int P, class X> TR_INLINE static void add(const uint8_t* const (&w)[P], X x, i32x16 (&sums)[P][R]) {
         add_products<MULTIPLIED_BITS>(w, x, sums);
     }
-    template <int R, int P, class X> TR_INLINE static void add_low(const uint8_t* const (&w)[P], X x, i32x16 (&sums)[P][R]) {
-        add_products<MULTIPLIED_BITS>(w, x, sums);
+    // Of four activations from k on, side by side in x.
+    TR_INLINE static i32x16 times_four(const uint8_t* w, size_t k, int32_t x) {
+        return four_products<MULTIPLIED_BITS>(w, k, x, BITS == 8 ? -128 * sum_of_bytes(x) : 0);
     }
 };
 using FourBits = Integers<4>;
@@ -99,7 +102,7 @@ constexpr size_t ROWS_TO_SPREAD = 25;
 struct EightBits : Integers<8> {
     static constexpr int ROWS = 4;
     static constexpr bool SIGNED = true;
-    template <int R, class X> TR_INLINE static void add_high(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
+    template <int R, class X> TR_INLINE static void add(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
         add_signed_products(w[0], x, sums[0]);
     }
 };
@@ -117,10 +120,7 @@ struct Spread : Integers<4, 8> {
         }
         return to;
     }
-    template <int R, class X> TR_INLINE static void add_high(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
-        add_spread_products(w[0], x, sums[0]);
-    }
-    template <int R, class X> TR_INLINE static void add_low(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
+    template <int R, class X> TR_INLINE static void add(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
         add_spread_products(w[0], x, sums[0]);
     }
 };

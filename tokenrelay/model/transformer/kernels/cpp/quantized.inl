@@ -1,19 +1,21 @@
-// quantized_linear: weights of 8 or 4 bits, activations of 8, and of 16 where they stick out; in groups of 32 along K.
+// quantized_linear: weights of 8 or 4 bits, activations of 8, and of more where they stick out; in groups of 32 along K.
 //
 // Within a group the products are summed as integers, which is exact in any order; then, groups ascending,
 //   acc = fma(sum * w_scale, x_scale, acc), and acc = fma(x_scale * sum of x, minimum, acc) where weights have one;
-// low halves are summed in the same way by themselves, and added after every 24 groups; + bias at the end. So a row's bits
-// depend on nothing but the row, whatever instructions do the sums.
+// high parts are summed by themselves, and added after every 24 groups; + bias at the end. So a row's bits depend on nothing but
+// the row, whatever instructions do the sums.
 //
 // A sum begins as the bits of the float 1.5 * 2^23 (MAGIC), so its own are those of that float plus the sum: no conversion is needed, and
 // fma(1.5 * 2^23 + sum, w_scale, -1.5 * 2^23 * w_scale) is their product, rounded once.
 //
-// An activation is 256 * high + low. Most groups have only the high half; a group far above the row's mean would drown
-// the rest of the output in its rounding, so it has both. (the outliers of LLM.int8(), by group instead of by column)
+// An activation is 255 * high + low. The largest of a group makes its step, but none counts as more than five times the row's
+// root mean square: the few beyond, which would drown the others in their rounding, have a high part, and are multiplied once
+// more. (the outliers of LLM.int8(), by element instead of by column)
 namespace {
 
-constexpr float HIGH = 127.0f, BOTH = 127.0f * 256.0f;  // the largest integers
-constexpr float OUTLIER = 36.0f;  // largest element squared, over the row's mean square
+constexpr float LARGEST = 127.0f;
+constexpr float OUTLIER = 25.0f;  // an element squared, over the row's mean square: a row of K has less than K / 25 beyond
+constexpr int32_t HIGH = 255;     // a unit of the high parts: the low ones are within 127 of 0
 constexpr float TINY = 1e-24f;    // below, a group counts as zero: its factor would overflow, its products lose bits
 
 // Of K at a time: two panels spread out take 24 KiB, in the first cache with the rows' activations. Part of the result's definition.
@@ -25,27 +27,27 @@ static_assert(ROW_BLOCK % INTERLEAVED == 0, "a block begins with a tile");
 
 struct Range { size_t begin, end; };
 
-// The rows of a block that have low halves in each group of a block of K, from the first row on: these are multiplied together.
-struct Outliers { uint8_t count[BLOCK_GROUPS], rows[BLOCK_GROUPS][ROW_BLOCK]; };
+// Four activations with a high part: integers side by side, and their step times HIGH.
+struct Outlier {
+    int32_t high;
+    float scale;
+    uint32_t four, row;  // k / 4; within the block of rows
+};
 
 struct Quantized {
     const QuantizedLinear& a;
     size_t groups;
-    float* scales;      // [T, groups] interleaved: of the high halves
-    float* totals;      // the same: the group's sum, low halves included, as a number
-    int32_t* sums;      // the same: of the high halves
-    int32_t* low_sums;  // [T, groups], in outliers only: of the low halves
-    float* low_scales;  // the same: of the low halves
-    uint32_t* outliers; // [T, groups]: of each row as many as it has, ascending
+    float* scales;      // [T, groups] interleaved: a step
+    float* totals;      // the same: the group's sum, high parts included, as a number
+    int32_t* sums;      // the same: of the low parts
+    Outlier* outliers;  // [T, K / 16]: of each row as many as it has, ascending
     uint32_t* counts;   // [T], of outliers
-    int8_t* high;       // [T, K] interleaved
-    int8_t* low;        // [T, K], in outliers only
+    int8_t* low;        // [T, K] interleaved
 
     explicit Quantized(const QuantizedLinear& params)
         : a(params), groups(a.in_features / GROUP), scales((float*)a.scratch), totals(scales + a.rows * groups),
-          sums((int32_t*)(totals + a.rows * groups)), low_sums(sums + a.rows * groups),
-          low_scales((float*)(low_sums + a.rows * groups)), outliers((uint32_t*)(low_scales + a.rows * groups)),
-          counts(outliers + a.rows * groups), high((int8_t*)(counts + a.rows)), low(high + a.rows * a.in_features) {}
+          sums((int32_t*)(totals + a.rows * groups)), outliers((Outlier*)(sums + a.rows * groups)),
+          counts((uint32_t*)(outliers + a.rows * 2 * groups)), low((int8_t*)(counts + a.rows)) {}
 
     size_t panel_count() const { return (a.out_features + 15) / 16; }
 
@@ -53,23 +55,30 @@ struct Quantized {
     size_t tile_begin(size_t row) const { return row / INTERLEAVED * INTERLEAVED; }
     size_t tile_rows(size_t row) const { return INTERLEAVED == 1 ? 1 : least(INTERLEAVED, a.rows - tile_begin(row)); }
 
-    // 16 bits instead of 8.
-    void quantize_outlier(size_t row, size_t g, size_t at, float highest) const {
-        const float *from = a.x + row * a.in_features + g * GROUP, factor = BOTH / highest, scale = highest / BOTH;
-        int8_t *to = high + at * GROUP, *to_low = low + row * a.in_features + g * GROUP;
-        int32_t sum = 0, low_sum = 0;
+    // A group with elements beyond LARGEST; returns how many fours of it.
+    size_t quantize_outliers(size_t row, size_t g, size_t at, float factor, Outlier* to) const {
+        const float* from = a.x + row * a.in_features + g * GROUP;
+        int8_t* low_to = low + at * GROUP;
+        alignas(4) int8_t high[GROUP];
+        int32_t sum = 0, high_sum = 0;
         for (size_t i = 0; i < GROUP; i++) {
-            const int32_t integer = round_to_even(from[i] * factor), upper = (integer + 128) >> 8;
-            to[i] = int8_t(upper), to_low[i] = int8_t(integer - upper * 256);
-            sum += upper, low_sum += to_low[i];
+            const int32_t integer = round_to_even(from[i] * factor);
+            const int32_t above = int32_t(uint32_t(integer + 127 + (HIGH << 12)) / HIGH) - (1 << 12);
+            low_to[i] = int8_t(integer - above * HIGH), high[i] = int8_t(above);
+            sum += low_to[i], high_sum += above;
         }
-        scales[at] = 256.0f * scale, low_scales[row * groups + g] = scale;
-        sums[at] = sum, low_sums[row * groups + g] = low_sum;
-        totals[at] = scale * float(sum * 256 + low_sum);
+        size_t count = 0;
+        for (size_t i = 0; i < GROUP; i += 4) {
+            int32_t four;
+            __builtin_memcpy(&four, high + i, 4);
+            if (four) to[count++] = {four, scales[at] * float(HIGH), uint32_t(g * GROUP + i) / 4, uint32_t(row % ROW_BLOCK)};
+        }
+        sums[at] = sum, totals[at] = scales[at] * float(sum + high_sum * HIGH);
+        return count;
     }
 
-    // Integers x * (largest integer / max |x| of the group), rounded to even. A NaN or an infinity makes all scales of its row
-    // NaN: enough, for every output has a product with each.
+    // Integers x * (LARGEST / max |x| of the group), rounded to even. A NaN or an infinity makes all scales of its row NaN:
+    // enough, for every output has a product with each.
     void quantize_row(size_t row) const {
         const size_t step = tile_rows(row), first = tile_begin(row), begin = first * groups + row - first;
         const size_t padded = (groups + 15) / 16 * 16;
@@ -77,23 +86,22 @@ struct Quantized {
         auto* highest = static_cast<float*>(__builtin_alloca(3 * padded * sizeof(float)));
         float *factors = highest + padded, *steps = factors + padded;
         for (size_t g = groups; g < padded; g++) highest[g] = 0.0f;
-        const float total = sum(largest_of_groups(from, groups, highest)), limit = OUTLIER * total / float(a.in_features);
+        const float total = sum(largest_of_groups(from, groups, highest));
+        const float limit = total > 1e-30f ? __builtin_sqrtf(OUTLIER * total / float(a.in_features)) : __builtin_inff();
         const bool finite = total < __builtin_inff();
-        const f32x16 most = broadcast(HIGH);
+        const f32x16 most = broadcast(LARGEST);
         for (size_t g = 0; g < padded; g += 16) {
-            const f32x16 largest = load(highest + g);
-            store(factors + g, finite ? zero_where_below(div(most, largest), largest, TINY) : broadcast(0.0f));
-            store(steps + g, finite ? zero_where_below(div(largest, most), largest, TINY) : broadcast(__builtin_nanf("")));
+            const f32x16 top = min(load(highest + g), broadcast(limit));
+            store(factors + g, finite ? zero_where_below(div(most, top), top, TINY) : broadcast(0.0f));
+            store(steps + g, finite ? zero_where_below(div(top, most), top, TINY) : broadcast(__builtin_nanf("")));
         }
-        round_groups(from, groups, factors, high + begin * GROUP, step * GROUP, sums + begin, step);
-        uint32_t count = 0;
+        round_groups(from, groups, factors, low + begin * GROUP, step * GROUP, sums + begin, step);
+        Outlier* const own = outliers + row * 2 * groups;
+        size_t count = 0;
         for (size_t g = 0, at = begin; g < groups; g++, at += step) {
             scales[at] = steps[g];
             totals[at] = steps[g] * float(sums[at]);
-            if (finite && highest[g] > TINY && highest[g] * highest[g] > limit) {
-                quantize_outlier(row, g, at, highest[g]);
-                outliers[row * groups + count++] = g;
-            }
+            if (finite && highest[g] > limit) count += quantize_outliers(row, g, at, factors[g], own + count);
         }
         counts[row] = count;
     }
@@ -112,7 +120,7 @@ struct Quantized {
     __attribute__((noinline)) void add_groups(float* const (&out)[Weights::PANELS], size_t next_out, size_t row,
                                               const size_t (&panels)[Weights::PANELS],
                                               const uint8_t* const (&weights)[Weights::PANELS], Range of,
-                                              const float* const (&low_products)[Weights::PANELS]) const {
+                                              const float* const (&high_products)[Weights::PANELS]) const {
         constexpr int P = Weights::PANELS;
         constexpr bool IS_TILE = INTERLEAVED > 1, IS_SHIFTED = Weights::BITS == 8 && !Weights::SIGNED;  // by 128
         static_assert(!IS_TILE || Weights::ROWS == INTERLEAVED, "rows are multiplied as they were interleaved");
@@ -129,7 +137,7 @@ struct Quantized {
                 const i32x16 first = all(IS_SHIFTED ? MAGIC_BITS - 128 * sums[at + r * next_row] : MAGIC_BITS);
                 for (int p = 0; p < P; p++) sum[p][r] = first;
             }
-            Weights::add_high(w, [x = high + at * GROUP, next = next_row * GROUP](int r, size_t k) {
+            Weights::add(w, [x = low + at * GROUP, next = next_row * GROUP](int r, size_t k) {
                 return x + r * (IS_TILE ? GROUP : next) + k;
             }, sum);
             for (int p = 0; p < P; p++) {
@@ -143,66 +151,63 @@ struct Quantized {
             }
         }
         for (int p = 0; p < P; p++)
-            for (int r = 0; r < R; r++) store(out[p] + r * next_out, add(total[p][r], load(low_products[p] + r * 16)));
+            for (int r = 0; r < R; r++) store(out[p] + r * next_out, add(total[p][r], load(high_products[p] + r * 16)));
     }
 
-    Outliers sort_outliers(Range rows, Range of) const {
-        Outliers sorted;
-        __builtin_memset(sorted.count, 0, sizeof sorted.count);
-        for (size_t row = rows.begin; row < rows.end; row++)
-            for (const uint32_t *i = outliers + row * groups, *last = i + counts[row]; i < last && *i < of.end; i++)
-                if (*i >= of.begin) sorted.rows[*i - of.begin][sorted.count[*i - of.begin]++] = row - rows.begin;
-        return sorted;
+    size_t count_outliers(Range rows) const {
+        size_t count = 0;
+        for (size_t row = rows.begin; row < rows.end; row++) count += counts[row];
+        return count;
     }
 
-    // A block's products with low halves: to [P][rows][16].
+    // Those of a block of rows, groups ascending.
+    void sort_outliers(Range rows, Outlier* to) const {
+        auto* next = static_cast<uint32_t*>(__builtin_alloca((groups + 1) * sizeof(uint32_t)));
+        __builtin_memset(next, 0, (groups + 1) * sizeof(uint32_t));
+        auto for_each = [&](auto f) {
+            for (size_t row = rows.begin; row < rows.end; row++)
+                for (const Outlier *of = outliers + row * 2 * groups, *last = of + counts[row]; of < last; of++) f(*of);
+        };
+        for_each([&](const Outlier& of) { next[of.four * 4 / GROUP + 1]++; });
+        for (size_t g = 1; g < groups; g++) next[g] += next[g - 1];
+        for_each([&](const Outlier& of) { to[next[of.four * 4 / GROUP]++] = of; });
+    }
+
+    // Products with high parts of a block of K: to [P][rows][16].
     template <class Weights>
-    __attribute__((noinline)) void multiply_low(const size_t (&panels)[Weights::PANELS],
-                                                const uint8_t* const (&weights)[Weights::PANELS], size_t row_begin, Range of,
-                                                const Outliers& sorted, float (*to)[ROW_BLOCK * 16]) const {
+    __attribute__((noinline)) void multiply_high(const size_t (&panels)[Weights::PANELS],
+                                                 const uint8_t* const (&weights)[Weights::PANELS], size_t first_group,
+                                                 const Outlier* of, const Outlier* last, float (*to)[ROW_BLOCK * 16]) const {
         constexpr int P = Weights::PANELS;
-        for (size_t g = of.begin; g < of.end; g++) {
-            const uint8_t *rows = sorted.rows[g - of.begin], *w[P];
+        while (of < last) {
+            const size_t group = of->four * 4 / GROUP;
+            const uint8_t* w[P];
             f32x16 scale[P];
             for (int p = 0; p < P; p++) {
-                w[p] = weights[p] + (g - of.begin) * Weights::GROUP_BYTES;
-                scale[p] = load_f16(a.scales + (panels[p] * groups + g) * 16);
+                w[p] = weights[p] + (group - first_group) * Weights::GROUP_BYTES;
+                scale[p] = load_f16(a.scales + (panels[p] * groups + group) * 16);
             }
-            for_row_groups<LOW_ROWS>(0, sorted.count[g - of.begin], [&](size_t first, auto count) {
-                constexpr int R = decltype(count)::value;
-                size_t row[R];
-                const int8_t* x[R];
-                i32x16 sum[P][R];
-                for (int r = 0; r < R; r++) {
-                    row[r] = rows[first + r];
-                    const size_t at = (row_begin + row[r]) * groups + g;
-                    x[r] = low + at * GROUP;
-                    const i32x16 begin = all(Weights::BITS == 8 ? -128 * low_sums[at] : 0);
-                    for (int p = 0; p < P; p++) sum[p][r] = begin;
+            for (; of < last && of->four * 4 / GROUP == group; of++) {
+                const f32x16 x_scale = broadcast(of->scale);
+                for (int p = 0; p < P; p++) {
+                    float* of_row = to[p] + of->row * 16;
+                    const i32x16 sum = Weights::times_four(w[p], of->four * 4 % GROUP, of->high);
+                    store(of_row, fma(mul(to_float(sum), scale[p]), x_scale, load(of_row)));
                 }
-                Weights::add_low(w, [&](int r, size_t k) { return x[r] + k; }, sum);
-#pragma GCC unroll 2
-                for (int p = 0; p < P; p++)
-#pragma GCC unroll 8
-                    for (int r = 0; r < R; r++) {
-                        const f32x16 x_scale = broadcast(low_scales[(row_begin + row[r]) * groups + g]);
-                        float* of_row = to[p] + row[r] * 16;
-                        store(of_row, fma(mul(to_float(sum[p][r]), scale[p]), x_scale, load(of_row)));
-                    }
-            });
+            }
         }
     }
 
     // A block of K that does not begin at 0 goes on with what is in out. A panel of fewer than 16 columns is computed beside it.
     template <class Weights, int R>
     void tile(size_t row, const size_t (&panels)[Weights::PANELS], const uint8_t* const (&w)[Weights::PANELS],
-              Range of, const float* const (&low_products)[Weights::PANELS]) const {
+              Range of, const float* const (&high_products)[Weights::PANELS]) const {
         constexpr int P = Weights::PANELS;
         const size_t next = a.out_features, row_out = row * next;
         float* out[P];
         for (int p = 0; p < P; p++) out[p] = a.out + row_out + panels[p] * 16;
         if (panels[P - 1] * 16 + 16 <= next) {
-            add_groups<Weights, R>(out, next, row, panels, w, of, low_products);
+            add_groups<Weights, R>(out, next, row, panels, w, of, high_products);
         } else {
             alignas(64) float room[P][R * 16];
             float* beside[P];
@@ -210,7 +215,7 @@ struct Quantized {
                 beside[p] = room[p];
                 for (int r = 0; of.begin && r < R; r++) store(room[p] + r * 16, load_part(out[p] + r * next, next - panels[p] * 16));
             }
-            add_groups<Weights, R>(beside, 16, row, panels, w, of, low_products);
+            add_groups<Weights, R>(beside, 16, row, panels, w, of, high_products);
             for (int p = 0; p < P; p++)
                 for (int r = 0; r < R; r++) store_part(out[p] + r * next, load(room[p] + r * 16), next - panels[p] * 16);
         }
@@ -223,7 +228,8 @@ struct Quantized {
     // The panels that lie so far ahead are fetched beside these: few of a panel's groups have outliers, which come first, so the
     // processor would not foresee them.
     template <class Weights>
-    void multiply_block(const size_t (&panels)[Weights::PANELS], size_t ahead, Range rows, Range of, const Outliers& sorted) const {
+    void multiply_block(const size_t (&panels)[Weights::PANELS], size_t ahead, Range rows, Range of, const Outlier* first,
+                        const Outlier* last) const {
         constexpr size_t P = Weights::PANELS;
         alignas(64) uint8_t room[P][BLOCK_GROUPS * Weights::GROUP_BYTES];
         const size_t bytes = (of.end - of.begin) * Weights::PACKED_BYTES;
@@ -232,30 +238,35 @@ struct Quantized {
             packed[p] = a.panels + (panels[p] * groups + of.begin) * Weights::PACKED_BYTES;
             w[p] = Weights::unpack(packed[p], room[p], bytes);
         }
-        alignas(64) float low_products[P][ROW_BLOCK * 16];
-        for (auto& products : low_products) __builtin_memset(products, 0, (rows.end - rows.begin) * 16 * sizeof(float));
-        multiply_low<Weights>(panels, w, rows.begin, of, sorted, low_products);
+        alignas(64) float high_products[P][ROW_BLOCK * 16];
+        for (auto& products : high_products) __builtin_memset(products, 0, (rows.end - rows.begin) * 16 * sizeof(float));
+        multiply_high<Weights>(panels, w, of.begin, first, last, high_products);
         const size_t share = bytes * Weights::ROWS / (rows.end - rows.begin) + 64;
         size_t fetched = 0, wanted = ahead ? bytes : 0;
         for_row_groups<Weights::ROWS>(rows.begin, rows.end, [&](size_t row, auto count) {
             for (const size_t stop = least(fetched + share, wanted); fetched < stop; fetched += 64)
                 for (size_t p = 0; p < P; p++) __builtin_prefetch(packed[p] + ahead * groups * Weights::PACKED_BYTES + fetched);
             const float* of_tile[P];
-            for (size_t p = 0; p < P; p++) of_tile[p] = low_products[p] + (row - rows.begin) * 16;
+            for (size_t p = 0; p < P; p++) of_tile[p] = high_products[p] + (row - rows.begin) * 16;
             tile<Weights, decltype(count)::value>(row, panels, w, of, of_tile);
         });
     }
 
     template <class Weights> void multiply_panels(size_t first, size_t last, size_t next, Range rows) const {
         constexpr size_t P = Weights::PANELS;
+        const size_t count = count_outliers(rows);
+        auto* sorted = static_cast<Outlier*>(__builtin_alloca(count * sizeof(Outlier)));
+        sort_outliers(rows, sorted);
+        size_t done = 0;
         for (size_t begin = 0; begin < groups; begin += BLOCK_GROUPS) {
             const Range of{begin, least(begin + BLOCK_GROUPS, groups)};
-            const Outliers sorted = sort_outliers(rows, of);
+            const Outlier* const of_block = sorted + done;
+            while (done < count && sorted[done].four * 4 / GROUP < of.end) done++;
             for (size_t panel = first; panel < last; panel += P) {
                 const size_t after = panel + P < last ? panel + P : next, ahead = after < panel_count() ? after - panel : 0;
                 size_t panels[P];  // the last one twice, where one is missing
                 for (size_t p = 0; p < P; p++) panels[p] = least(panel + p, last - 1);
-                multiply_block<Weights>(panels, ahead, rows, of, sorted);
+                multiply_block<Weights>(panels, ahead, rows, of, of_block, sorted + done);
             }
         }
     }
