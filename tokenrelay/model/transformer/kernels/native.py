@@ -89,8 +89,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, sc
 
 
 def scratch_size(in_features: int) -> int:
-    """Bytes per row: integers; room for outliers, and how many they are; scales and sums of each group."""
-    return 2 * in_features + 12 * in_features // GROUP + 4
+    """Bytes per row: integers; scales and sums of each group, and room for an outlier; how many these are."""
+    return in_features + 28 * in_features // GROUP + 4
 
 
 def quantized_linear(

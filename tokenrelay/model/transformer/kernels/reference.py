@@ -24,7 +24,7 @@ __all__ = ["BLOCK_SIZE", "kv_cache_shapes", "paged_attention", "rotate_and_cache
 
 PANEL_WIDTH = 16
 LARGEST_INPUT = 127
-OUTLIER = 25  # an element squared, over the row's mean square
+OUTLIER = 36  # an element squared, over the row's mean square
 TINY = 1e-24  # below, a group counts as zero
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,7 +101,7 @@ def panel_rows(stored: Tensor, ids: Tensor) -> Tensor:
 def quantized_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, K] -> integers [T, K / 32, 32], as fp32, and a scale for each group [T, K / 32].
 
-    A group's largest element becomes 127, but none counts as more than 5 times the row's root mean square: what is
+    A group's largest element becomes 127, but none counts as more than 6 times the row's root mean square: what is
     beyond, an outlier, gets a larger integer. What is not finite makes its whole row NaN.
     """
     groups = x.float().view(x.shape[0], -1, GROUP)

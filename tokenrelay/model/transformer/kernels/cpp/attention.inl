@@ -154,11 +154,15 @@ template <class W> struct AttentionTile {
     __attribute__((noinline)) void scale_values(size_t from, size_t to) {
         f32x16 top = broadcast(0.0f), lost = top;
         for (size_t i = 0; i < CHUNK; i += 16) {
-            for (size_t key = i; key < i + 16; key++) {
-                const float scale = key >= from && key < to ? chunk[i / 16].value_scales[key - i] : 0.0f;
-                values.lost[key] = scale * 0.0f;
-                values.factors[key] = values.lost[key] == 0.0f ? scale : 0.0f;
+            const float* scales = chunk[i / 16].value_scales;
+            float seen[16], none[16];
+            for (size_t lane = 0; lane < 16; lane++) {
+                seen[lane] = i + lane >= from && i + lane < to ? scales[lane] : 0.0f;
+                none[lane] = seen[lane] * 0.0f;
+                seen[lane] = none[lane] == 0.0f ? seen[lane] : 0.0f;
             }
+            store(values.factors + i, load(seen));
+            store(values.lost + i, load(none));
             top = max(load(values.factors + i), top), lost = add(lost, load(values.lost + i));
         }
         const Step step(maximum(top), largest_factor(CHUNK));

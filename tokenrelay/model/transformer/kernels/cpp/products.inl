@@ -1,7 +1,7 @@
 // Integer products of weights of 8 or 4 bits, or of 16 or 8 in pairs, with activations: all are exact.
 //
 // Each instruction set's file has i32x16, a vector of sixteen integers, round_group, store_rounded, and
-//   four_products: of 16 columns with four activations, + start.
+//   four_products: with four activations, + start.
 //   add_products: sums += products of 16 columns over one group, for R rows, whose activations from k on are at x(row, k). Weights
 //     are unsigned and lie as [16][4] bytes: 8 bits, four k after each other; 4 bits, four k in the low halves and the next four
 //     in the high ones.
@@ -56,7 +56,11 @@ TR_INLINE void round_groups(const float* x, size_t groups, const float* factors,
         sums[g * next_sum] = round_group(x + g * GROUP, factors[g], to + g * next);
 }
 
-TR_INLINE int32_t sum_of_bytes(int32_t x) { return int8_t(x) + int8_t(x >> 8) + int8_t(x >> 16) + int8_t(x >> 24); }
+// Of 16 columns with four activations, side by side in x, from k on.
+template <int BITS> TR_INLINE i32x16 four_products(const uint8_t* w, size_t k, int32_t x) {
+    const int32_t sum = int8_t(x) + int8_t(x >> 8) + int8_t(x >> 16) + int8_t(x >> 24);
+    return four_products<BITS>(w, k, x, BITS == 8 ? -128 * sum : 0);
+}
 
 template <class Sum> Sum nothing();
 template <> TR_INLINE f32x16 nothing<f32x16>() { return broadcast(0.0f); }
@@ -70,10 +74,6 @@ template <int PACKED_BITS, int MULTIPLIED_BITS = PACKED_BITS> struct Integers {
     static const uint8_t* unpack(const uint8_t* packed, uint8_t*, size_t) { return packed; }
     template <int R, int P, class X> TR_INLINE static void add(const uint8_t* const (&w)[P], X x, i32x16 (&sums)[P][R]) {
         add_products<MULTIPLIED_BITS>(w, x, sums);
-    }
-    // Of four activations from k on, side by side in x.
-    TR_INLINE static i32x16 times_four(const uint8_t* w, size_t k, int32_t x) {
-        return four_products<MULTIPLIED_BITS>(w, k, x, BITS == 8 ? -128 * sum_of_bytes(x) : 0);
     }
 };
 using FourBits = Integers<4>;

@@ -2,23 +2,23 @@
 //
 // Within a group the products are summed as integers, which is exact in any order; then, groups ascending,
 //   acc = fma(sum * w_scale, x_scale, acc), and acc = fma(x_scale * sum of x, minimum, acc) where weights have one;
-// high parts are summed by themselves, and added after every 24 groups; + bias at the end. So a row's bits depend on nothing but
-// the row, whatever instructions do the sums.
+// high parts are summed by themselves, and added at the end, + bias. So a row's bits depend on nothing but the row, whatever
+// instructions do the sums.
 //
 // A sum begins as the bits of the float 1.5 * 2^23 (MAGIC), so its own are those of that float plus the sum: no conversion is needed, and
 // fma(1.5 * 2^23 + sum, w_scale, -1.5 * 2^23 * w_scale) is their product, rounded once.
 //
-// An activation is 255 * high + low. The largest of a group makes its step, but none counts as more than five times the row's
+// An activation is 255 * high + low. The largest of a group makes its step, but none counts as more than six times the row's
 // root mean square: the few beyond, which would drown the others in their rounding, have a high part, and are multiplied once
 // more. (the outliers of LLM.int8(), by element instead of by column)
 namespace {
 
 constexpr float LARGEST = 127.0f;
-constexpr float OUTLIER = 25.0f;  // an element squared, over the row's mean square: a row of K has less than K / 25 beyond
+constexpr float OUTLIER = 36.0f;  // an element squared, over the row's mean square: a row of K has less than K / 36 beyond
 constexpr int32_t HIGH = 255;     // a unit of the high parts: the low ones are within 127 of 0
 constexpr float TINY = 1e-24f;    // below, a group counts as zero: its factor would overflow, its products lose bits
 
-// Of K at a time: two panels spread out take 24 KiB, in the first cache with the rows' activations. Part of the result's definition.
+// Of K at a time: two panels spread out take 24 KiB, in the first cache with the rows' activations.
 constexpr size_t BLOCK_GROUPS = 24;
 
 // So many rows lie interleaved, as their tile reads them: a group of each row, or its scale, after each other.
@@ -31,7 +31,7 @@ struct Range { size_t begin, end; };
 struct Outlier {
     int32_t high;
     float scale;
-    uint32_t four, row;  // k / 4; within the block of rows
+    uint32_t k, row;  // within the tile
 };
 
 struct Quantized {
@@ -40,14 +40,14 @@ struct Quantized {
     float* scales;      // [T, groups] interleaved: a step
     float* totals;      // the same: the group's sum, high parts included, as a number
     int32_t* sums;      // the same: of the low parts
-    Outlier* outliers;  // [T, K / 16]: of each row as many as it has, ascending
-    uint32_t* counts;   // [T], of outliers
+    Outlier* outliers;  // [T, K / 32]: as many as a tile has, groups ascending
+    uint32_t* counts;   // [T]: of the tile that begins there
     int8_t* low;        // [T, K] interleaved
 
     explicit Quantized(const QuantizedLinear& params)
         : a(params), groups(a.in_features / GROUP), scales((float*)a.scratch), totals(scales + a.rows * groups),
           sums((int32_t*)(totals + a.rows * groups)), outliers((Outlier*)(sums + a.rows * groups)),
-          counts((uint32_t*)(outliers + a.rows * 2 * groups)), low((int8_t*)(counts + a.rows)) {}
+          counts((uint32_t*)(outliers + a.rows * groups)), low((int8_t*)(counts + a.rows)) {}
 
     size_t panel_count() const { return (a.out_features + 15) / 16; }
 
@@ -55,8 +55,8 @@ struct Quantized {
     size_t tile_begin(size_t row) const { return row / INTERLEAVED * INTERLEAVED; }
     size_t tile_rows(size_t row) const { return INTERLEAVED == 1 ? 1 : least(INTERLEAVED, a.rows - tile_begin(row)); }
 
-    // A group with elements beyond LARGEST; returns how many fours of it.
-    size_t quantize_outliers(size_t row, size_t g, size_t at, float factor, Outlier* to) const {
+    // A group with elements beyond LARGEST.
+    void quantize_outliers(size_t row, size_t g, size_t at, float factor) const {
         const float* from = a.x + row * a.in_features + g * GROUP;
         int8_t* low_to = low + at * GROUP;
         alignas(4) int8_t high[GROUP];
@@ -67,14 +67,15 @@ struct Quantized {
             low_to[i] = int8_t(integer - above * HIGH), high[i] = int8_t(above);
             sum += low_to[i], high_sum += above;
         }
-        size_t count = 0;
+        const size_t first = tile_begin(row);
+        Outlier* const of_tile = outliers + first * groups;
         for (size_t i = 0; i < GROUP; i += 4) {
             int32_t four;
             __builtin_memcpy(&four, high + i, 4);
-            if (four) to[count++] = {four, scales[at] * float(HIGH), uint32_t(g * GROUP + i) / 4, uint32_t(row % ROW_BLOCK)};
+            if (!four) continue;
+            of_tile[counts[first]++] = {four, scales[at] * float(HIGH), uint32_t(g * GROUP + i), uint32_t(row - first)};
         }
         sums[at] = sum, totals[at] = scales[at] * float(sum + high_sum * HIGH);
-        return count;
     }
 
     // Integers x * (LARGEST / max |x| of the group), rounded to even. A NaN or an infinity makes all scales of its row NaN:
@@ -96,31 +97,41 @@ struct Quantized {
             store(steps + g, finite ? zero_where_below(div(top, most), top, TINY) : broadcast(__builtin_nanf("")));
         }
         round_groups(from, groups, factors, low + begin * GROUP, step * GROUP, sums + begin, step);
-        Outlier* const own = outliers + row * 2 * groups;
-        size_t count = 0;
         for (size_t g = 0, at = begin; g < groups; g++, at += step) {
             scales[at] = steps[g];
             totals[at] = steps[g] * float(sums[at]);
-            if (finite && highest[g] > limit) count += quantize_outliers(row, g, at, factors[g], own + count);
+            if (finite && highest[g] > limit) quantize_outliers(row, g, at, factors[g]);
         }
-        counts[row] = count;
+    }
+
+    // By group, so that rows take turns: a sum need not wait for the one before.
+    void sort_outliers(Outlier* of_tile, size_t count) const {
+        auto* sorted = static_cast<Outlier*>(__builtin_alloca(count * sizeof(Outlier)));
+        auto* next = static_cast<uint32_t*>(__builtin_alloca((groups + 1) * sizeof(uint32_t)));
+        __builtin_memset(next, 0, (groups + 1) * sizeof(uint32_t));
+        for (size_t i = 0; i < count; i++) next[of_tile[i].k / GROUP + 1]++;
+        for (size_t g = 1; g < groups; g++) next[g] += next[g - 1];
+        for (size_t i = 0; i < count; i++) sorted[next[of_tile[i].k / GROUP]++] = of_tile[i];
+        __builtin_memcpy(of_tile, sorted, count * sizeof(Outlier));
     }
 
     void quantize() const {
         const size_t tiles = (a.rows + INTERLEAVED - 1) / INTERLEAVED;  // one thread for each: their rows share cache lines
         parallel_rows(tiles, INTERLEAVED * a.in_features, [&](size_t tile) {
-            const size_t end = least((tile + 1) * INTERLEAVED, a.rows);
-            for (size_t row = tile * INTERLEAVED; row < end; row++) quantize_row(row);
+            const size_t first = tile * INTERLEAVED, end = least(first + INTERLEAVED, a.rows);
+            counts[first] = 0;
+            for (size_t row = first; row < end; row++) quantize_row(row);
+            if (end - first > 1) sort_outliers(outliers + first * groups, counts[first]);
         });
     }
 
-    // out [R, 16] of each of P panels, or 0 at first, += a block of K; w: the panels' weights. A function of its own: whatever
-    // else is here costs it registers.
+    // out [R, 16] of each of P panels, or 0 at first, += a block of K, + high_products; w: the panels' weights. A function of its
+    // own: whatever else is here costs it registers.
     template <class Weights, int R>
     __attribute__((noinline)) void add_groups(float* const (&out)[Weights::PANELS], size_t next_out, size_t row,
                                               const size_t (&panels)[Weights::PANELS],
                                               const uint8_t* const (&weights)[Weights::PANELS], Range of,
-                                              const float* const (&high_products)[Weights::PANELS]) const {
+                                              const float* high_products) const {
         constexpr int P = Weights::PANELS;
         constexpr bool IS_TILE = INTERLEAVED > 1, IS_SHIFTED = Weights::BITS == 8 && !Weights::SIGNED;  // by 128
         static_assert(!IS_TILE || Weights::ROWS == INTERLEAVED, "rows are multiplied as they were interleaved");
@@ -151,63 +162,49 @@ struct Quantized {
             }
         }
         for (int p = 0; p < P; p++)
-            for (int r = 0; r < R; r++) store(out[p] + r * next_out, add(total[p][r], load(high_products[p] + r * 16)));
-    }
-
-    size_t count_outliers(Range rows) const {
-        size_t count = 0;
-        for (size_t row = rows.begin; row < rows.end; row++) count += counts[row];
-        return count;
-    }
-
-    // Those of a block of rows, groups ascending.
-    void sort_outliers(Range rows, Outlier* to) const {
-        auto* next = static_cast<uint32_t*>(__builtin_alloca((groups + 1) * sizeof(uint32_t)));
-        __builtin_memset(next, 0, (groups + 1) * sizeof(uint32_t));
-        auto for_each = [&](auto f) {
-            for (size_t row = rows.begin; row < rows.end; row++)
-                for (const Outlier *of = outliers + row * 2 * groups, *last = of + counts[row]; of < last; of++) f(*of);
-        };
-        for_each([&](const Outlier& of) { next[of.four * 4 / GROUP + 1]++; });
-        for (size_t g = 1; g < groups; g++) next[g] += next[g - 1];
-        for_each([&](const Outlier& of) { to[next[of.four * 4 / GROUP]++] = of; });
-    }
-
-    // Products with high parts of a block of K: to [P][rows][16].
-    template <class Weights>
-    __attribute__((noinline)) void multiply_high(const size_t (&panels)[Weights::PANELS],
-                                                 const uint8_t* const (&weights)[Weights::PANELS], size_t first_group,
-                                                 const Outlier* of, const Outlier* last, float (*to)[ROW_BLOCK * 16]) const {
-        constexpr int P = Weights::PANELS;
-        while (of < last) {
-            const size_t group = of->four * 4 / GROUP;
-            const uint8_t* w[P];
-            f32x16 scale[P];
-            for (int p = 0; p < P; p++) {
-                w[p] = weights[p] + (group - first_group) * Weights::GROUP_BYTES;
-                scale[p] = load_f16(a.scales + (panels[p] * groups + group) * 16);
+            for (int r = 0; r < R; r++) {
+                if (high_products) total[p][r] = add(total[p][r], load(high_products + (p * R + r) * 16));
+                store(out[p] + r * next_out, total[p][r]);
             }
-            for (; of < last && of->four * 4 / GROUP == group; of++) {
-                const f32x16 x_scale = broadcast(of->scale);
+    }
+
+    // Products with high parts, of all of K: to [P][R][16].
+    template <class Weights, int R>
+    __attribute__((noinline)) void multiply_high(size_t row, const size_t (&panels)[Weights::PANELS], float* to) const {
+        constexpr int P = Weights::PANELS, STEP = INTERLEAVED > 1 ? R : 1;
+        const uint8_t* w[P];
+        const f16* w_scales[P];
+        for (int p = 0; p < P; p++) {
+            w[p] = a.panels + panels[p] * groups * Weights::PACKED_BYTES;
+            w_scales[p] = a.scales + panels[p] * groups * 16;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < P * R; i++) store(to + i * 16, broadcast(0.0f));
+        for (size_t first = row; first < row + R; first += STEP) {
+            const Outlier *of = outliers + first * groups, *last = of + counts[first];
+            for (; of < last; of++)
                 for (int p = 0; p < P; p++) {
-                    float* of_row = to[p] + of->row * 16;
-                    const i32x16 sum = Weights::times_four(w[p], of->four * 4 % GROUP, of->high);
-                    store(of_row, fma(mul(to_float(sum), scale[p]), x_scale, load(of_row)));
+                    float* of_row = to + (p * R + first - row + of->row) * 16;
+                    const f32x16 sum = to_float(four_products<Weights::BITS>(w[p], of->k, of->high));
+                    const f32x16 w_scale = load_f16(w_scales[p] + of->k / GROUP * 16);
+                    store(of_row, fma(mul(sum, w_scale), broadcast(of->scale), load(of_row)));
                 }
-            }
         }
     }
 
     // A block of K that does not begin at 0 goes on with what is in out. A panel of fewer than 16 columns is computed beside it.
     template <class Weights, int R>
     void tile(size_t row, const size_t (&panels)[Weights::PANELS], const uint8_t* const (&w)[Weights::PANELS],
-              Range of, const float* const (&high_products)[Weights::PANELS]) const {
+              Range of) const {
         constexpr int P = Weights::PANELS;
+        alignas(64) float high_products[P * R * 16];
+        const float* added = of.end == groups ? high_products : nullptr;
+        if (added) multiply_high<Weights, R>(row, panels, high_products);
         const size_t next = a.out_features, row_out = row * next;
         float* out[P];
         for (int p = 0; p < P; p++) out[p] = a.out + row_out + panels[p] * 16;
         if (panels[P - 1] * 16 + 16 <= next) {
-            add_groups<Weights, R>(out, next, row, panels, w, of, high_products);
+            add_groups<Weights, R>(out, next, row, panels, w, of, added);
         } else {
             alignas(64) float room[P][R * 16];
             float* beside[P];
@@ -215,7 +212,7 @@ struct Quantized {
                 beside[p] = room[p];
                 for (int r = 0; of.begin && r < R; r++) store(room[p] + r * 16, load_part(out[p] + r * next, next - panels[p] * 16));
             }
-            add_groups<Weights, R>(beside, 16, row, panels, w, of, high_products);
+            add_groups<Weights, R>(beside, 16, row, panels, w, of, added);
             for (int p = 0; p < P; p++)
                 for (int r = 0; r < R; r++) store_part(out[p] + r * next, load(room[p] + r * 16), next - panels[p] * 16);
         }
@@ -225,11 +222,9 @@ struct Quantized {
             for (size_t n = panels[0] * 16; n < end; n++) a.out[row_out + r * next + n] += a.bias[n];
     }
 
-    // The panels that lie so far ahead are fetched beside these: few of a panel's groups have outliers, which come first, so the
-    // processor would not foresee them.
+    // The panels that lie so far ahead are fetched beside these: outliers come first, so the processor would not foresee them.
     template <class Weights>
-    void multiply_block(const size_t (&panels)[Weights::PANELS], size_t ahead, Range rows, Range of, const Outlier* first,
-                        const Outlier* last) const {
+    void multiply_block(const size_t (&panels)[Weights::PANELS], size_t ahead, Range rows, Range of) const {
         constexpr size_t P = Weights::PANELS;
         alignas(64) uint8_t room[P][BLOCK_GROUPS * Weights::GROUP_BYTES];
         const size_t bytes = (of.end - of.begin) * Weights::PACKED_BYTES;
@@ -238,35 +233,24 @@ struct Quantized {
             packed[p] = a.panels + (panels[p] * groups + of.begin) * Weights::PACKED_BYTES;
             w[p] = Weights::unpack(packed[p], room[p], bytes);
         }
-        alignas(64) float high_products[P][ROW_BLOCK * 16];
-        for (auto& products : high_products) __builtin_memset(products, 0, (rows.end - rows.begin) * 16 * sizeof(float));
-        multiply_high<Weights>(panels, w, of.begin, first, last, high_products);
         const size_t share = bytes * Weights::ROWS / (rows.end - rows.begin) + 64;
         size_t fetched = 0, wanted = ahead ? bytes : 0;
         for_row_groups<Weights::ROWS>(rows.begin, rows.end, [&](size_t row, auto count) {
             for (const size_t stop = least(fetched + share, wanted); fetched < stop; fetched += 64)
                 for (size_t p = 0; p < P; p++) __builtin_prefetch(packed[p] + ahead * groups * Weights::PACKED_BYTES + fetched);
-            const float* of_tile[P];
-            for (size_t p = 0; p < P; p++) of_tile[p] = high_products[p] + (row - rows.begin) * 16;
-            tile<Weights, decltype(count)::value>(row, panels, w, of, of_tile);
+            tile<Weights, decltype(count)::value>(row, panels, w, of);
         });
     }
 
     template <class Weights> void multiply_panels(size_t first, size_t last, size_t next, Range rows) const {
         constexpr size_t P = Weights::PANELS;
-        const size_t count = count_outliers(rows);
-        auto* sorted = static_cast<Outlier*>(__builtin_alloca(count * sizeof(Outlier)));
-        sort_outliers(rows, sorted);
-        size_t done = 0;
         for (size_t begin = 0; begin < groups; begin += BLOCK_GROUPS) {
             const Range of{begin, least(begin + BLOCK_GROUPS, groups)};
-            const Outlier* const of_block = sorted + done;
-            while (done < count && sorted[done].four * 4 / GROUP < of.end) done++;
             for (size_t panel = first; panel < last; panel += P) {
                 const size_t after = panel + P < last ? panel + P : next, ahead = after < panel_count() ? after - panel : 0;
                 size_t panels[P];  // the last one twice, where one is missing
                 for (size_t p = 0; p < P; p++) panels[p] = least(panel + p, last - 1);
-                multiply_block<Weights>(panels, ahead, rows, of, of_block, sorted + done);
+                multiply_block<Weights>(panels, ahead, rows, of);
             }
         }
     }
