@@ -13,13 +13,18 @@ void add_update(const Forward& a, const Update& update, const AdaptedRows& of, i
     });
 }
 
-void multiply(const Forward& a, const Layer& layer, MatrixOfLayer which, const float* x, float* out) {
+// Of rows of x that prepare(row) writes first.
+template <class F>
+void multiply(const Forward& a, const Layer& layer, MatrixOfLayer which, const float* x, float* out, F prepare) {
     const Matrix& m = layer.matrices[which];
     if (m.bits <= 8 && !m.weight_only) {
-        QuantizedLinear of{x,   (const uint8_t*)m.panels, m.scales, m.minima,      m.bias,
-                           out, a.scratch,                a.num_tokens, m.in_features, m.out_features, m.bits};
-        quantized_linear(&of);
+        const QuantizedLinear of{x,   (const uint8_t*)m.panels, m.scales, m.minima,      m.bias,
+                                 out, a.scratch,                a.num_tokens, m.in_features, m.out_features, m.bits};
+        const Quantized work(of);
+        work.quantize(prepare);
+        work.multiply_all();
     } else {
+        parallel_rows(a.num_tokens, m.in_features, prepare);
         linear(x, m.panels, m.scales, m.bias, out, a.num_tokens, m.in_features, m.out_features, m.bits);
     }
     for (int64_t i = 0; i < a.num_adapted; i++) {
@@ -28,10 +33,14 @@ void multiply(const Forward& a, const Layer& layer, MatrixOfLayer which, const f
     }
 }
 
-void normalise(const Forward& a, const Norm& of, const float* x, float* residual, float* out) {
+// x + row * C; if there is a residual, it is added to that, and this taken.
+TR_INLINE void normalise_row(const Forward& a, const Norm& of, const float* x, float* residual, float* out, size_t row) {
     const Network& n = a.network;
-    auto normalise_rows = n.centered_norms ? norm<true> : norm<false>;
-    normalise_rows(x, residual, of.weight, of.bias, out, a.num_tokens, n.hidden_size, n.eps, 0);
+    const size_t columns = n.hidden_size, start = row * columns;
+    const float* from = add_residual(x + start, residual ? residual + start : nullptr, columns);
+    if (!of.weight) return;
+    if (n.centered_norms) norm_row<true>(from, of.weight, of.bias, out + start, columns, n.eps);
+    else norm_row<false>(from, of.weight, of.bias, out + start, columns, n.eps);
 }
 
 // f(i) for every element of an array [T, C].
@@ -42,20 +51,19 @@ template <class F> TR_INLINE void for_elements(const Forward& a, F f) {
     });
 }
 
-// residual += x; returns its norm, or itself if there is none.
-const float* enter(const Forward& a, const Norm& of) {
-    if (of.weight) {
-        normalise(a, of, a.x, a.residual, a.normed);
-        return a.normed;
-    }
-    for_elements(a, [x = a.x, residual = a.residual](size_t i) { residual[i] = residual[i] + x[i]; });
-    return a.residual;
-}
+// The layers' input: residual += x, and its norm if there is one.
+struct Entering {
+    const Forward& a;
+    const Norm& norm;
+    void operator()(size_t row) const { normalise_row(a, norm, a.x, a.residual, a.normed, row); }
+    const float* result() const { return norm.weight ? a.normed : a.residual; }
+};
 
 // What is to be added to the residual: x, normalised and scaled.
 void leave(const Forward& a, const Norm& of) {
-    if (of.weight) normalise(a, of, a.x, nullptr, a.x);
     const float scale = a.network.residual_scale;
+    if (of.weight)
+        parallel_rows(a.num_tokens, a.network.hidden_size, [&](size_t row) { normalise_row(a, of, a.x, nullptr, a.x, row); });
     if (scale != 1.0f) for_elements(a, [=, x = a.x](size_t i) { x[i] = x[i] * scale; });
 }
 
@@ -76,8 +84,9 @@ void rotate(const Forward& a, const Layer& layer, const int64_t* positions, cons
     rotate_and_cache(&params);
 }
 
-void project(const Forward& a, const Layer& layer, const float* hidden) {
-    multiply(a, layer, QKV, hidden, a.wide);
+void project(const Forward& a, const Layer& layer) {
+    const Entering entering{a, layer.attention_norm};
+    multiply(a, layer, QKV, entering.result(), a.wide, entering);
     if (layer.q_norm.weight) normalise_heads(a, layer);
     rotate(a, layer, a.positions, a.slots, a.q);
     if (a.q_sink) rotate(a, layer, a.sink_positions, a.nowhere, a.q_sink);
@@ -89,27 +98,31 @@ void attend(const Forward& a, const Layer& layer) {
                               layer.sink_logits, a.narrow,    a.num_requests, a.max_blocks,   n.num_heads,   layer.window,
                               layer.num_sinks,   layer.scale, n.softcap};
     paged_attention(&attention);
-    multiply(a, layer, OUT, a.narrow, a.x);
+    multiply(a, layer, OUT, a.narrow, a.x, [](size_t) {});
 }
 
-void feed_forward(const Forward& a, const Layer& layer, const float* hidden, float* out) {
-    multiply(a, layer, UP, hidden, a.wide);
-    activation(a.wide, a.narrow, a.num_tokens, layer.matrices[DOWN].in_features, a.network.activation, a.network.gated);
-    multiply(a, layer, DOWN, a.narrow, out);
+template <class F> void feed_forward(const Forward& a, const Layer& layer, const float* hidden, float* out, F prepare) {
+    multiply(a, layer, UP, hidden, a.wide, prepare);
+    const size_t width = layer.matrices[UP].out_features, columns = layer.matrices[DOWN].in_features;
+    multiply(a, layer, DOWN, a.narrow, out, [&](size_t row) {
+        activate_row(a.wide + row * width, a.narrow + row * columns, columns, a.network.activation, a.network.gated);
+    });
 }
 
 // What follows once the keys and values are cached.
 void add_in_turn(const Forward& a, const Layer& layer) {
     attend(a, layer);
     leave(a, layer.attention_post_norm);
-    feed_forward(a, layer, enter(a, layer.mlp_norm), a.x);
+    const Entering entering{a, layer.mlp_norm};
+    feed_forward(a, layer, entering.result(), a.x, entering);
     leave(a, layer.mlp_post_norm);
 }
 
 void add_in_parallel(const Forward& a, const Layer& layer) {
     attend(a, layer);
-    if (layer.mlp_norm.weight) normalise(a, layer.mlp_norm, a.residual, nullptr, a.normed);
-    feed_forward(a, layer, a.normed, a.normed);
+    feed_forward(a, layer, a.normed, a.normed, [&](size_t row) {
+        if (layer.mlp_norm.weight) normalise_row(a, layer.mlp_norm, a.residual, nullptr, a.normed, row);
+    });
     for_elements(a, [x = a.x, other = a.normed](size_t i) { x[i] = x[i] + other[i]; });
     leave(a, Norm{});
 }
@@ -131,7 +144,7 @@ void forward(const Forward* params) {
     for_elements(whole, [residual = whole.residual](size_t i) { residual[i] = 0.0f; });
     for (int64_t i = 0; i < n.num_layers; i++) {
         const Layer& layer = n.layers[i];
-        project(whole, layer, enter(whole, layer.attention_norm));
+        project(whole, layer);
         if (i + 1 == n.num_layers && whole.num_results) {
             start[0] = 0;
             for (int64_t b = 0; b < whole.num_requests; b++) start[b + 1] = start[b] + whole.num_results[b];
@@ -145,7 +158,7 @@ void forward(const Forward* params) {
         if (n.parallel) add_in_parallel(*step, layer);
         else add_in_turn(*step, layer);
     }
-    enter(*step, n.final_norm);
+    parallel_rows(step->num_tokens, n.hidden_size, Entering{*step, n.final_norm});
     if (step == &front) move_rows(whole, start, n.final_norm.weight ? whole.normed : whole.residual, n.hidden_size, true);
 }
 

@@ -115,12 +115,17 @@ struct Quantized {
         __builtin_memcpy(of_tile, sorted, count * sizeof(Outlier));
     }
 
-    void quantize() const {
+    // Of rows that prepare(row) writes first, while they are at hand.
+    template <class F> void quantize(F prepare) const {
         const size_t tiles = (a.rows + INTERLEAVED - 1) / INTERLEAVED;  // one thread for each: their rows share cache lines
-        parallel_rows(tiles, INTERLEAVED * a.in_features, [&](size_t tile) {
+        const size_t width = INTERLEAVED * a.in_features, chunk = WORK_PER_TASK / width + (width > WORK_PER_TASK);
+        parallel_chunks(tiles, chunk, [&](size_t tile) {
             const size_t first = tile * INTERLEAVED, end = least(first + INTERLEAVED, a.rows);
             counts[first] = 0;
-            for (size_t row = first; row < end; row++) quantize_row(row);
+            for (size_t row = first; row < end; row++) {
+                prepare(row);
+                quantize_row(row);
+            }
             if (end - first > 1) sort_outliers(outliers + first * groups, counts[first]);
         });
     }
@@ -274,7 +279,7 @@ struct Quantized {
 
 void quantized_linear(const QuantizedLinear* params) {
     Quantized work(*params);
-    work.quantize();
+    work.quantize([](size_t) {});
     work.multiply_all();
 }
 

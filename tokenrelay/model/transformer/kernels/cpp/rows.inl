@@ -125,26 +125,28 @@ template <int KIND> TR_INLINE f32x16 activate_gate(f32x16 gate, f32x16 up) {
     return mul(times_sigmoid(gate, mul(gate, broadcast(1.702f))), add(up, one));
 }
 
-template <int KIND> void activation_of(const float* x, float* out, size_t rows, size_t columns, bool gated) {
-    size_t stride = gated ? 2 * columns : columns;
-    parallel_rows(rows, columns, [=](size_t row) {
-        const float* from = x + row * stride;
-        for (size_t i = 0; i < columns; i += 16) {
-            size_t n = columns - i;
-            const f32x16 gate = load_part(from + i, n);
-            f32x16 y = gated ? activate_gate<KIND>(gate, load_part(from + columns + i, n)) : activate<KIND>(gate);
-            store_part(out + row * columns + i, y, n);
-        }
-    });
+template <int KIND> void activate_row(const float* x, float* out, size_t columns, bool gated) {
+    for (size_t i = 0; i < columns; i += 16) {
+        size_t n = columns - i;
+        const f32x16 gate = load_part(x + i, n);
+        f32x16 y = gated ? activate_gate<KIND>(gate, load_part(x + columns + i, n)) : activate<KIND>(gate);
+        store_part(out + i, y, n);
+    }
+}
+
+void activate_row(const float* x, float* out, size_t columns, int64_t kind, bool gated) {
+    if (kind == SILU) activate_row<SILU>(x, out, columns, gated);
+    else if (kind == GELU) activate_row<GELU>(x, out, columns, gated);
+    else if (kind == GELU_TANH) activate_row<GELU_TANH>(x, out, columns, gated);
+    else if (kind == RELU) activate_row<RELU>(x, out, columns, gated);
+    else if (kind == RELU2) activate_row<RELU2>(x, out, columns, gated);
+    else activate_row<SWIGLU_OAI>(x, out, columns, gated);
 }
 
 void activation(const float* x, float* out, int64_t rows, int64_t columns, int64_t kind, int64_t gated) {
-    if (kind == SILU) activation_of<SILU>(x, out, rows, columns, gated);
-    else if (kind == GELU) activation_of<GELU>(x, out, rows, columns, gated);
-    else if (kind == GELU_TANH) activation_of<GELU_TANH>(x, out, rows, columns, gated);
-    else if (kind == RELU) activation_of<RELU>(x, out, rows, columns, gated);
-    else if (kind == RELU2) activation_of<RELU2>(x, out, rows, columns, gated);
-    else activation_of<SWIGLU_OAI>(x, out, rows, columns, gated);
+    parallel_rows(rows, columns, [=](size_t row) {
+        activate_row(x + row * columns * (gated ? 2 : 1), out + row * columns, columns, kind, gated);
+    });
 }
 
 // best[row] = the first index of the row's largest element; of a row without numbers 0.
