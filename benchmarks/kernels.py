@@ -10,6 +10,7 @@ beside what torch's product of 8-bit integers would allow if there were nothing 
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -178,14 +179,23 @@ def benchmark_steps() -> None:
 
 
 def benchmark_prefill() -> None:
-    engine = Engine.from_model(MODEL, EngineConfig(enable_prefix_caching=False))
-    times = [prefill_seconds(engine, times) for times in range(12)]
+    """A prompt in the engine beside the products of integers that its layers are made of, in turn."""
+    config = EngineConfig(enable_prefix_caching=False, num_blocks=2 * PROMPT // BLOCK)
+    engine = Engine.from_model(MODEL, config)
+    prefill_seconds(engine, 0)
+    pairs = [(prefill_seconds(engine, number), product_seconds()) for number in range(1, 25)]
     operations = 2 * PROMPT * sum(map(math.prod, LAYER)) * LAYERS
-    product = sum(integer_product_seconds(*shape) for shape in LAYER) * LAYERS
-    limit, best, median = PROMPT / product, PROMPT / min(times), PROMPT / sorted(times)[len(times) // 2]
-    alone = f"torch._int_mm alone {operations / product / 1e9:.0f} Gop/s, {limit:.0f} tokens/s"
-    shares = f"{median / limit:.0%}, best {best / limit:.0%}"
-    print(f"prompt       {PROMPT} tokens: {median:.0f} tokens/s, best {best:.0f}; {alone}: {shares}")
+    prompt, product = (PROMPT / statistics.median(times) for times in zip(*pairs, strict=True))
+    shares = sorted(alone / whole for whole, alone in pairs)
+    print(
+        f"prompt       {PROMPT} tokens: {prompt:.0f} tokens/s; torch._int_mm alone "
+        f"{operations * product / PROMPT / 1e9:.0f} Gop/s, {product:.0f} tokens/s: "
+        f"{statistics.median(shares):.0%} [{shares[0]:.0%}-{shares[-1]:.0%}]"
+    )
+
+
+def product_seconds() -> float:
+    return sum(integer_product_seconds(*shape) for shape in LAYER) * LAYERS
 
 
 def prefill_seconds(engine: Engine, number: int) -> float:
@@ -199,7 +209,7 @@ def prefill_seconds(engine: Engine, number: int) -> float:
 
 def integer_product_seconds(in_features: int, out_features: int) -> float:
     x, weight = (torch.randint(-127, 128, (rows, in_features), dtype=torch.int8) for rows in (PROMPT, out_features))
-    return seconds(partial(torch._int_mm, x, weight.T))
+    return seconds(partial(torch._int_mm, x, weight.T), 0.03)
 
 
 def timed(call: Callable[..., Tensor], total: list[float]) -> Callable[..., Tensor]:
