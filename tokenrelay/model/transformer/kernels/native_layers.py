@@ -141,9 +141,11 @@ class NativeLayers:
         return normed if config.final_norm else residual
 
     def _asked_for(self, metadata: AttentionMetadata, rows: int) -> Tensor | None:
-        """None: all rows. So it is with adapters, whose rows stay where they are."""
+        """None: all rows. So it is with adapters, whose rows stay where they are, and in a decode step."""
         results = metadata.num_results
-        return None if results is None or self._adapters or int(results.sum()) == rows else results
+        if results is None or self._adapters or len(results) == rows or int(results.sum()) == rows:
+            return None
+        return results
 
     def _make_room(self, rows: int) -> Room:
         config = self._model.config
