@@ -5,8 +5,8 @@
 // high parts are summed by themselves, and added at the end, + bias. So a row's bits depend on nothing but the row, whatever
 // instructions do the sums.
 //
-// A sum begins as the bits of the float 1.5 * 2^23 (MAGIC), so its own are those of that float plus the sum: no conversion is needed, and
-// fma(1.5 * 2^23 + sum, w_scale, -1.5 * 2^23 * w_scale) is their product, rounded once.
+// A sum begins as the bits of the float 1.5 * 2^23 (MAGIC), so its own are those of that float plus the sum: no conversion is
+// needed, and fma(1.5 * 2^23 + sum, w_scale, -1.5 * 2^23 * w_scale) is their product, rounded once.
 //
 // An activation is 255 * high + low. The largest of a group makes its step, but none counts as more than six times the row's
 // root mean square: the few beyond, which would drown the others in their rounding, have a high part, and are multiplied once
@@ -31,7 +31,7 @@ struct Range { size_t begin, end; };
 struct Outlier {
     int32_t high;
     float scale;
-    uint32_t k, row;  // within the tile
+    uint32_t k, row;  // the row within the tile
 };
 
 struct Quantized {
