@@ -73,6 +73,7 @@ def test_help_unknown_commands_and_the_end(noting: FakeServer) -> None:
         terminal.read_until("> ")
         terminal.type(CTRL_C)
         terminal.read_until("Ctrl-D ends")
+        terminal.read_until("> ")  # before that it would be no key yet
         terminal.type(CTRL_D)
         assert terminal.exit_code() == 0
     assert noting.bodies == []
