@@ -54,7 +54,7 @@ template <class W> struct AttentionTile {
     float acc[TILE * MAX_HEAD_DIM];
     alignas(64) float scores[TILE * CHUNK];
     Factor rounded[INTEGER ? TILE * CHUNK : 1];  // of a chunk's weights
-    float rounded_scale[TILE + 16];
+    float rounded_scale[TILE];
     ValueScales values;
     f32x16 total[TILE];
     float highest[TILE + 16];  // score so far, in powers of two

@@ -183,20 +183,31 @@ TR_INLINE float maximum(f32x16 a) {
 }
 #endif
 
+#if defined(TR_AVX512)
+// What 16 lanes hold of four vectors each, brought together: lane i of a 128-bit part is of vector i.
+TR_INLINE __m512i lanes(__m512i a, __m512i b, bool high) { return high ? _mm512_unpackhi_epi32(a, b) : _mm512_unpacklo_epi32(a, b); }
+TR_INLINE __m512i pairs(__m512i a, __m512i b, bool high) { return high ? _mm512_unpackhi_epi64(a, b) : _mm512_unpacklo_epi64(a, b); }
+template <class F> TR_INLINE __m512i fold_lanes(const __m512i* of, F f) {
+    const __m512i left = f(lanes(of[0], of[1], false), lanes(of[0], of[1], true));
+    const __m512i right = f(lanes(of[2], of[3], false), lanes(of[2], of[3], true));
+    return f(pairs(left, right, false), pairs(left, right, true));
+}
+
+#endif
+
 // Lane r: the largest of x[r].
 #if defined(TR_AVX512)
 TR_INLINE __m512 greater(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
-TR_INLINE __m512 maxima_of_two(__m512 a, __m512 b) { return greater(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
-// of four: lanes 0 to 3 of each quarter
-TR_INLINE __m512 maxima_of_four(__m512 a, __m512 b, __m512 c, __m512 d) {
-    const __m512d left = _mm512_castps_pd(maxima_of_two(a, b)), right = _mm512_castps_pd(maxima_of_two(c, d));
-    return greater(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)), _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)));
-}
 template <int R> TR_INLINE f32x16 maxima(const f32x16 (&x)[R]) {
     static_assert(R <= 8);
-    auto of = [&](int r) { return x[r < R ? r : 0].v; };
-    const __m512 first = maxima_of_four(of(0), of(1), of(2), of(3));
-    const __m512 second = R > 4 ? maxima_of_four(of(4), of(5), of(6), of(7)) : first;
+    auto of_four = [&](int begin) {
+        __m512i of[4];
+        for (int r = 0; r < 4; r++) of[r] = _mm512_castps_si512(x[begin + r < R ? begin + r : 0].v);
+        return _mm512_castsi512_ps(fold_lanes(of, [](__m512i a, __m512i b) {
+            return _mm512_castps_si512(greater(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
+        }));
+    };
+    const __m512 first = of_four(0), second = R > 4 ? of_four(4) : first;
     const __m512 halves = greater(_mm512_shuffle_f32x4(first, second, 0b01000100), _mm512_shuffle_f32x4(first, second, 0b11101110));
     const __m512 all = greater(halves, _mm512_shuffle_f32x4(halves, halves, 0b10110001));
     return {_mm512_shuffle_f32x4(all, all, 0b11011000)};

@@ -136,30 +136,36 @@ void move_rows(const Forward& a, const int32_t* start, float* rows, size_t width
     }
 }
 
-void forward(const Forward* params) {
-    const Forward &whole = *params, *step = params;
+// What is left of a step in its last layer: the rows that are asked for, at the front. start: [B + 1], written.
+Forward keep_results(const Forward& whole, int32_t* start) {
     const Network& n = whole.network;
-    Forward front = whole;  // of the rows that are asked for
+    const size_t q_size = n.num_heads * n.layers[n.num_layers - 1].cache.head_dim;
+    start[0] = 0;
+    for (int64_t i = 0; i < whole.num_requests; i++) start[i + 1] = start[i] + whole.num_results[i];
+    move_rows(whole, start, whole.residual, n.hidden_size, false);
+    move_rows(whole, start, whole.normed, n.hidden_size, false);
+    move_rows(whole, start, whole.q, q_size, false);
+    if (whole.q_sink) move_rows(whole, start, whole.q_sink, q_size, false);
+    Forward kept = whole;
+    kept.query_start = start, kept.num_tokens = start[whole.num_requests];
+    return kept;
+}
+
+void forward(const Forward* params) {
+    const Forward& whole = *params;
+    const Network& n = whole.network;
+    Forward step = whole;
     auto* start = static_cast<int32_t*>(__builtin_alloca((whole.num_requests + 1) * sizeof(int32_t)));
     for_elements(whole, [residual = whole.residual](size_t i) { residual[i] = 0.0f; });
     for (int64_t i = 0; i < n.num_layers; i++) {
         const Layer& layer = n.layers[i];
         project(whole, layer);
-        if (i + 1 == n.num_layers && whole.num_results) {
-            start[0] = 0;
-            for (int64_t b = 0; b < whole.num_requests; b++) start[b + 1] = start[b] + whole.num_results[b];
-            front.query_start = start, front.num_tokens = start[whole.num_requests], step = &front;
-            const size_t q_size = n.num_heads * layer.cache.head_dim;
-            move_rows(whole, start, whole.residual, n.hidden_size, false);
-            move_rows(whole, start, whole.normed, n.hidden_size, false);
-            move_rows(whole, start, whole.q, q_size, false);
-            if (whole.q_sink) move_rows(whole, start, whole.q_sink, q_size, false);
-        }
-        if (n.parallel) add_in_parallel(*step, layer);
-        else add_in_turn(*step, layer);
+        if (whole.num_results && i + 1 == n.num_layers) step = keep_results(whole, start);
+        if (n.parallel) add_in_parallel(step, layer);
+        else add_in_turn(step, layer);
     }
-    parallel_rows(step->num_tokens, n.hidden_size, Entering{*step, n.final_norm});
-    if (step == &front) move_rows(whole, start, n.final_norm.weight ? whole.normed : whole.residual, n.hidden_size, true);
+    parallel_rows(step.num_tokens, n.hidden_size, Entering{step, n.final_norm});
+    if (whole.num_results) move_rows(whole, start, n.final_norm.weight ? whole.normed : whole.residual, n.hidden_size, true);
 }
 
 }  // namespace

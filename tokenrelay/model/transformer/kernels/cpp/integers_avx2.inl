@@ -146,6 +146,7 @@ template <int BITS> TR_INLINE i32x16 four_products(const uint8_t* w, size_t k, i
 
 template <int BITS, int R, class X>
 TR_INLINE void add_products(const uint8_t* const (&w)[1], X x, i32x16 (&sums)[1][R]) {
+    static_assert(BITS == 4, "8 bits are signed");
     add_4_bit_products(w[0], x, sums[0]);
 }
 

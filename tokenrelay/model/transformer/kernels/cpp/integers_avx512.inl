@@ -56,15 +56,6 @@ TR_INLINE int32_t round_group(const float* from, float factor, int8_t* to) {
     return sum(_mm_dpbusd_epi32(_mm_dpbusd_epi32(_mm_setzero_si128(), one, left), one, right));
 }
 
-// What 16 lanes hold of four groups each, brought together: lane i of a 128-bit part is of group i.
-TR_INLINE __m512i lanes(__m512i a, __m512i b, bool high) { return high ? _mm512_unpackhi_epi32(a, b) : _mm512_unpacklo_epi32(a, b); }
-TR_INLINE __m512i pairs(__m512i a, __m512i b, bool high) { return high ? _mm512_unpackhi_epi64(a, b) : _mm512_unpacklo_epi64(a, b); }
-template <class F> TR_INLINE __m512i fold_lanes(const __m512i* of, F f) {
-    const __m512i left = f(lanes(of[0], of[1], false), lanes(of[0], of[1], true));
-    const __m512i right = f(lanes(of[2], of[3], false), lanes(of[2], of[3], true));
-    return f(pairs(left, right, false), pairs(left, right, true));
-}
-
 // Four groups at a time; what is left is done in products.inl.
 TR_INLINE size_t largest_of_fours(const float* x, size_t groups, float* largest, f32x16& squares) {
     const __m512i size = _mm512_set1_epi32(0x7fffffff);
