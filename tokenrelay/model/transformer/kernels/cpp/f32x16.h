@@ -72,6 +72,10 @@ TR_INLINE f32x16 times_power_of_two(f32x16 a, f32x16 rounded) {
 TR_INLINE f32x16 zero_where_below(f32x16 a, f32x16 x, float limit) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), a.v)};
 }
+// Bit i: lane i is not below the limit.
+TR_INLINE uint32_t lanes_from(f32x16 a, float limit) {
+    return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_GE_OQ);
+}
 TR_INLINE __m256 low_half(f32x16 a) { return _mm512_castps512_ps256(a.v); }
 TR_INLINE __m256 high_half(f32x16 a) {
     return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1));
@@ -119,6 +123,11 @@ TR_INLINE f32x16 zero_where_below(f32x16 a, f32x16 x, float limit) {
     return {_mm256_and_ps(a.lo, _mm256_cmp_ps(x.lo, bound, _CMP_NLT_UQ)),
             _mm256_and_ps(a.hi, _mm256_cmp_ps(x.hi, bound, _CMP_NLT_UQ))};
 }
+TR_INLINE uint32_t lanes_from(f32x16 a, float limit) {
+    const __m256 bound = _mm256_set1_ps(limit);
+    const uint32_t lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, bound, _CMP_GE_OQ));
+    return lo | uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.hi, bound, _CMP_GE_OQ))) << 8;
+}
 TR_INLINE __m256 low_half(f32x16 a) { return a.lo; }
 TR_INLINE __m256 high_half(f32x16 a) { return a.hi; }
 
@@ -152,6 +161,11 @@ TR_INLINE f32x16 times_power_of_two(const f32x16& a, const f32x16& rounded) {
 }
 TR_INLINE f32x16 zero_where_below(const f32x16& a, const f32x16& x, float limit) {
     return each([&](int i) { return x.v[i] < limit ? 0.0f : a.v[i]; });
+}
+TR_INLINE uint32_t lanes_from(const f32x16& a, float limit) {
+    uint32_t lanes = 0;
+    for (int i = 0; i < 16; i++) lanes |= uint32_t(a.v[i] >= limit) << i;
+    return lanes;
 }
 
 #endif
@@ -191,6 +205,15 @@ template <class F> TR_INLINE __m512i fold_lanes(const __m512i* of, F f) {
     const __m512i left = f(lanes(of[0], of[1], false), lanes(of[0], of[1], true));
     const __m512i right = f(lanes(of[2], of[3], false), lanes(of[2], of[3], true));
     return f(pairs(left, right, false), pairs(left, right, true));
+}
+
+// The four 128-bit parts of each of four vectors, folded: part i is of vector i.
+template <class F> TR_INLINE __m512i quarters(const __m512i* of, F f) {
+    auto halves = [f](__m512i a, __m512i b) {
+        return f(_mm512_shuffle_i64x2(a, b, 0b01000100), _mm512_shuffle_i64x2(a, b, 0b11101110));
+    };
+    const __m512i left = halves(of[0], of[1]), right = halves(of[2], of[3]);
+    return f(_mm512_shuffle_i64x2(left, right, 0b10001000), _mm512_shuffle_i64x2(left, right, 0b11011101));
 }
 
 #endif

@@ -13,14 +13,17 @@ void add_update(const Forward& a, const Update& update, const AdaptedRows& of, i
     });
 }
 
-// Of rows of x that prepare(row) writes first.
+TR_INLINE bool is_quantized(const Matrix& m) { return m.bits <= 8 && !m.weight_only; }
+
+// Of rows of x that prepare(row) writes first. Quantized matrices activate what they give, if they are asked to.
 template <class F>
-void multiply(const Forward& a, const Layer& layer, MatrixOfLayer which, const float* x, float* out, F prepare) {
+void multiply(const Forward& a, const Layer& layer, MatrixOfLayer which, const float* x, float* out, F prepare,
+              const Activated* activated = nullptr) {
     const Matrix& m = layer.matrices[which];
-    if (m.bits <= 8 && !m.weight_only) {
+    if (is_quantized(m)) {
         const QuantizedLinear of{x,   (const uint8_t*)m.panels, m.scales, m.minima,      m.bias,
                                  out, a.scratch,                a.num_tokens, m.in_features, m.out_features, m.bits};
-        const Quantized work(of);
+        const Quantized work(of, activated);
         work.quantize(prepare);
         work.multiply_all();
     } else {
@@ -101,11 +104,15 @@ void attend(const Forward& a, const Layer& layer) {
     multiply(a, layer, OUT, a.narrow, a.x, [](size_t) {});
 }
 
+// Activated by the product itself, if it is quantized and nothing is added to it before.
 template <class F> void feed_forward(const Forward& a, const Layer& layer, const float* hidden, float* out, F prepare) {
-    multiply(a, layer, UP, hidden, a.wide, prepare);
-    const size_t width = layer.matrices[UP].out_features, columns = layer.matrices[DOWN].in_features;
+    const Matrix& up = layer.matrices[UP];
+    const size_t width = up.out_features, columns = layer.matrices[DOWN].in_features;
+    const Activated activated{a.narrow, a.network.activation, a.network.gated != 0};
+    const bool at_once = is_quantized(up) && !a.num_adapted && columns % 16 == 0;
+    multiply(a, layer, UP, hidden, a.wide, prepare, at_once ? &activated : nullptr);
     multiply(a, layer, DOWN, a.narrow, out, [&](size_t row) {
-        activate_row(a.wide + row * width, a.narrow + row * columns, columns, a.network.activation, a.network.gated);
+        if (!at_once) activate_row(a.wide + row * width, a.narrow + row * columns, columns, activated.kind, activated.gated);
     });
 }
 

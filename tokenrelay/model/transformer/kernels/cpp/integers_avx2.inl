@@ -33,14 +33,14 @@ TR_INLINE void multiply(i32x16 (&sums)[R][P], const int16_t* x, size_t x_stride,
         }
 }
 
-// to [GROUP] = from * factor, rounded to even; returns their sum.
+// to [GROUP] = from * factor, rounded to even; returns the sum of what it wrote.
 TR_INLINE int32_t round_group(const float* from, float factor, int8_t* to) {
     const __m256 scale = _mm256_set1_ps(factor);
     __m256i part[4];
     for (int i = 0; i < 4; i++) part[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + 8 * i), scale));
     const __m256i pairs = _mm256_packs_epi16(_mm256_packs_epi32(part[0], part[1]), _mm256_packs_epi32(part[2], part[3]));
     _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
-    const __m256i sums = _mm256_add_epi32(_mm256_add_epi32(part[0], part[1]), _mm256_add_epi32(part[2], part[3]));
+    const __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), pairs), _mm256_set1_epi16(1));
     return sum(_mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1)));
 }
 

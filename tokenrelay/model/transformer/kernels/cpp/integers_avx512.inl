@@ -47,59 +47,52 @@ TR_INLINE __m512i rounded(const float* x, float factor) {
     return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(factor)));
 }
 
-// to [GROUP] = from * factor, rounded to even; returns their sum.
-TR_INLINE int32_t round_group(const float* from, float factor, int8_t* to) {
-    const __m128i left = _mm512_cvtepi32_epi8(rounded(from, factor)), right = _mm512_cvtepi32_epi8(rounded(from + 16, factor));
-    _mm_storeu_si128((__m128i*)to, left);
-    _mm_storeu_si128((__m128i*)to + 1, right);
-    const __m128i one = _mm_set1_epi8(1);
-    return sum(_mm_dpbusd_epi32(_mm_dpbusd_epi32(_mm_setzero_si128(), one, left), one, right));
-}
+TR_INLINE __m512i larger(__m512i a, __m512i b) { return _mm512_max_epi32(a, b); }
 
-// Four groups at a time; what is left is done in products.inl.
-TR_INLINE size_t largest_of_fours(const float* x, size_t groups, float* largest, f32x16& squares) {
+// max |x| of each of `count` groups, 0 in the other lanes; the sums of squares of group g are added to squares[g % 4].
+TR_INLINE f32x16 largest_of_sixteen(const float* x, size_t count, f32x16 (&squares)[4]) {
     const __m512i size = _mm512_set1_epi32(0x7fffffff);
-    size_t g = 0;
-    for (; g + 4 <= groups; g += 4) {
+    __m512i fours[4];
+    for (size_t four = 0; four < 4; four++) {
         __m512i of[4];
-        for (int i = 0; i < 4; i++) {
-            const f32x16 left = load(x + (g + i) * GROUP), right = load(x + (g + i) * GROUP + 16);
-            squares = fma(right, right, fma(left, left, squares));
+        for (size_t i = 0; i < 4; i++) {
+            of[i] = _mm512_setzero_si512();
+            if (four * 4 + i >= count) continue;
+            const float* group = x + (four * 4 + i) * GROUP;
+            const f32x16 left = load(group), right = load(group + 16);
+            squares[i] = fma(right, right, fma(left, left, squares[i]));
             // sizes of floats are ordered as their bits
             of[i] = _mm512_max_epi32(_mm512_and_si512(bits_of(left).v, size), _mm512_and_si512(bits_of(right).v, size));
         }
-        const __m512i all = fold_lanes(of, [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); });
-        const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-        const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-        _mm_storeu_si128((__m128i*)(largest + g), four);
+        fours[four] = fold_lanes(of, larger);
     }
-    return g;
+    return float_of({quarters(fours, larger)});
 }
 
-TR_INLINE size_t round_eights(const float* x, size_t groups, const float* factors, int8_t* to, size_t next, int32_t* sums,
-                              size_t next_sum) {
+// Each group times its factor, rounded to even; a group's integers begin `next` after those before. sums are written in eights:
+// what is read next is not wider than what was written, which the processor would wait for.
+TR_INLINE void round_groups(const float* x, size_t groups, const float* factors, int8_t* to, size_t next, int32_t* sums) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), one = _mm512_set1_epi8(1);
-    size_t g = 0;
-    for (; g + 8 <= groups; g += 8) {
+    const __m512i in_turn = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 0, 0, 0, 0, 0, 0, 0, 0);
+    for (size_t eight = 0; eight < groups; eight += 8) {
         __m512i of[4];
-        for (int i = 0; i < 4; i++) {
-            const float *first = x + (g + 2 * i) * GROUP, *second = first + GROUP, *factor = factors + g + 2 * i;
-            const __m512i a = _mm512_packs_epi32(rounded(first, factor[0]), rounded(first + 16, factor[0]));
-            const __m512i b = _mm512_packs_epi32(rounded(second, factor[1]), rounded(second + 16, factor[1]));
+        for (size_t i = 0; i < 4; i++) {
+            const size_t g = eight + 2 * i;
+            of[i] = _mm512_setzero_si512();
+            if (g >= groups) continue;
+            const bool has_second = g + 1 < groups;
+            const float *first = x + g * GROUP, *second = first + has_second * GROUP;
+            const __m512i a = _mm512_packs_epi32(rounded(first, factors[g]), rounded(first + 16, factors[g]));
+            const __m512i b = _mm512_packs_epi32(rounded(second, factors[g + 1]), rounded(second + 16, factors[g + 1]));
             const __m512i both = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(a, b));
-            _mm256_storeu_si256((__m256i*)(to + (g + 2 * i) * next), _mm512_castsi512_si256(both));
-            _mm256_storeu_si256((__m256i*)(to + (g + 2 * i + 1) * next), _mm512_extracti64x4_epi64(both, 1));
-            of[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, both);
+            _mm256_storeu_si256((__m256i*)(to + g * next), _mm512_castsi512_si256(both));
+            if (has_second) _mm256_storeu_si256((__m256i*)(to + (g + 1) * next), _mm512_extracti64x4_epi64(both, 1));
+            of[i] = _mm512_dpbusd_epi32(of[i], one, both);
         }
-        const __m512i quarters = fold_lanes(of, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
-        alignas(64) int32_t part[16];
-        _mm512_store_si512(part, _mm512_add_epi32(quarters, _mm512_shuffle_i64x2(quarters, quarters, 0b10110001)));
-        for (int i = 0; i < 4; i++) {
-            sums[(g + 2 * i) * next_sum] = part[i];
-            sums[(g + 2 * i + 1) * next_sum] = part[8 + i];
-        }
+        const __m512i parts = fold_lanes(of, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
+        const __m512i all = _mm512_add_epi32(parts, _mm512_shuffle_i64x2(parts, parts, 0b10110001));
+        _mm256_storeu_si256((__m256i*)(sums + eight), _mm512_castsi512_si256(_mm512_permutexvar_epi32(in_turn, all)));
     }
-    return g;
 }
 
 // Each activation is fetched once for P panels: the loads, not the products, would be what limits it.

@@ -64,7 +64,7 @@ struct QuantizedLinear {
     const f16* minima;      // the same, or null
     const float* bias;      // [N], or null
     float* out;             // [T, N]
-    void* scratch;          // T (K + 28 K / 32 + 4) bytes
+    void* scratch;          // T (K + 32 K / 32) bytes
     int64_t rows, in_features, out_features, bits;
 };
 

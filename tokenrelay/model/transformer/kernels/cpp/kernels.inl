@@ -47,6 +47,7 @@ template <int MOST = MAX_ROWS, class F> TR_INLINE void for_row_groups(size_t beg
 #include "linear.inl"
 #include "rows.inl"
 #include "products.inl"
+#include "activations.inl"
 #include "quantized.inl"
 #include "attention.inl"
 #include "forward.inl"

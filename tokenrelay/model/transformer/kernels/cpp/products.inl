@@ -32,34 +32,31 @@ TR_INLINE void store_rounded(int16_t* to, f32x16 a, f32x16 b) {
 }
 #endif
 
-// From the first one on, groups that are quantized several at a time; returns how many.
 #if !defined(TR_AVX512)
-TR_INLINE size_t largest_of_fours(const float*, size_t, float*, f32x16&) { return 0; }
-TR_INLINE size_t round_eights(const float*, size_t, const float*, int8_t*, size_t, int32_t*, size_t) { return 0; }
-#endif
-
-// max |x| of each group; returns the sums of squares.
-TR_INLINE f32x16 largest_of_groups(const float* x, size_t groups, float* largest) {
-    f32x16 squares = broadcast(0.0f), zero = squares;
-    for (size_t g = largest_of_fours(x, groups, largest, squares); g < groups; g++) {
+// max |x| of each of `count` groups, 0 in the other lanes; the sums of squares of group g are added to squares[g % 4].
+TR_INLINE f32x16 largest_of_sixteen(const float* x, size_t count, f32x16 (&squares)[4]) {
+    alignas(64) float largest[16] = {};
+    const f32x16 zero = broadcast(0.0f);
+    for (size_t g = 0; g < count; g++) {
         const f32x16 left = load(x + g * GROUP), right = load(x + g * GROUP + 16);
-        squares = fma(right, right, fma(left, left, squares));
+        squares[g % 4] = fma(right, right, fma(left, left, squares[g % 4]));
         largest[g] = maximum(max(max(left, sub(zero, left)), max(right, sub(zero, right))));
     }
-    return squares;
+    return load(largest);
 }
 
-// Each group times its factor, rounded to even; a group's integers begin `next` after those before, its sum `next_sum`.
-TR_INLINE void round_groups(const float* x, size_t groups, const float* factors, int8_t* to, size_t next, int32_t* sums,
-                            size_t next_sum) {
-    for (size_t g = round_eights(x, groups, factors, to, next, sums, next_sum); g < groups; g++)
-        sums[g * next_sum] = round_group(x + g * GROUP, factors[g], to + g * next);
+// Each group times its factor, rounded to even; a group's integers begin `next` after those before. sums: in sixteens.
+TR_INLINE void round_groups(const float* x, size_t groups, const float* factors, int8_t* to, size_t next, int32_t* sums) {
+    for (size_t g = 0; g < groups; g++) sums[g] = round_group(x + g * GROUP, factors[g], to + g * next);
 }
+#endif
 
-// Of 16 columns with four activations, side by side in x, from k on.
-template <int BITS> TR_INLINE i32x16 four_products(const uint8_t* w, size_t k, int32_t x) {
-    const int32_t sum = int8_t(x) + int8_t(x >> 8) + int8_t(x >> 16) + int8_t(x >> 24);
-    return four_products<BITS>(w, k, x, BITS == 8 ? -128 * sum : 0);
+// max |x| of each group, rounded up to sixteens; returns the sums of squares.
+TR_INLINE f32x16 largest_of_groups(const float* x, size_t groups, float* largest) {
+    f32x16 squares[4];
+    for (f32x16& some : squares) some = broadcast(0.0f);
+    for (size_t g = 0; g < groups; g += 16) store(largest + g, largest_of_sixteen(x + g * GROUP, least(groups - g, 16), squares));
+    return add(add(squares[0], squares[1]), add(squares[2], squares[3]));
 }
 
 template <class Sum> Sum nothing();
@@ -70,15 +67,24 @@ template <> TR_INLINE i32x16 nothing<i32x16>() { return all(0); }
 template <int PACKED_BITS, int MULTIPLIED_BITS = PACKED_BITS> struct Integers {
     static constexpr int BITS = PACKED_BITS, ROWS = QUANTIZED_ROWS, PANELS = QUANTIZED_PANELS;
     static constexpr size_t PACKED_BYTES = GROUP * 2 * BITS, GROUP_BYTES = GROUP * 2 * MULTIPLIED_BITS;
-    static constexpr bool SIGNED = false;
+    static constexpr bool SIGNED = false, WIDE = false;  // WIDE: their scales are floats
     static const uint8_t* unpack(const uint8_t* packed, uint8_t*, size_t) { return packed; }
     template <int R, int P, class X> TR_INLINE static void add(const uint8_t* const (&w)[P], X x, i32x16 (&sums)[P][R]) {
         add_products<MULTIPLIED_BITS>(w, x, sums);
     }
+    // Of 16 columns with four activations, side by side in x, from k on; + MAGIC_BITS.
+    TR_INLINE static i32x16 four_products(const uint8_t* w, size_t k, int32_t x) {
+        const int32_t sum = int8_t(x) + int8_t(x >> 8) + int8_t(x >> 16) + int8_t(x >> 24);
+        return ::four_products<MULTIPLIED_BITS>(w, k, x, MAGIC_BITS - (BITS == 8 ? 128 * sum : 0));
+    }
 };
 using FourBits = Integers<4>;
 
-// ROWS_TO_SPREAD: from so many rows on 4 bits are spread out; fewer are done sooner with the weights as they lie.
+template <class Weights> struct Wide : Weights {
+    static constexpr bool WIDE = true;
+};
+
+// ROWS_TO_SPREAD: from so many rows on 4 bits are spread out, and scales widened; fewer are done sooner with both as they lie.
 #if defined(TR_AVX512)
 
 using EightBits = Integers<8>;

@@ -2,148 +2,77 @@
 //
 // Within a group the products are summed as integers, which is exact in any order; then, groups ascending,
 //   acc = fma(sum * w_scale, x_scale, acc), and acc = fma(x_scale * sum of x, minimum, acc) where weights have one;
-// high parts are summed by themselves, and added at the end, + bias. So a row's bits depend on nothing but the row, whatever
-// instructions do the sums.
+// high parts of a block of K are summed by themselves, and added at its end; + bias. So a row's bits depend on nothing but the
+// row, whatever instructions do the sums.
 //
 // A sum begins as the bits of the float 1.5 * 2^23 (MAGIC), so its own are those of that float plus the sum: no conversion is
 // needed, and fma(1.5 * 2^23 + sum, w_scale, -1.5 * 2^23 * w_scale) is their product, rounded once.
-//
-// An activation is 255 * high + low. The largest of a group makes its step, but none counts as more than six times the row's
-// root mean square: the few beyond, which would drown the others in their rounding, have a high part, and are multiplied once
-// more. (the outliers of LLM.int8(), by element instead of by column)
 namespace {
 
-constexpr float LARGEST = 127.0f;
-constexpr float OUTLIER = 36.0f;  // an element squared, over the row's mean square: a row of K has less than K / 36 beyond
-constexpr int32_t HIGH = 255;     // a unit of the high parts: the low ones are within 127 of 0
-constexpr float TINY = 1e-24f;    // below, a group counts as zero: its factor would overflow, its products lose bits
-
-// Of K at a time: two panels spread out take 24 KiB, in the first cache with the rows' activations.
-constexpr size_t BLOCK_GROUPS = 24;
-
-// So many rows lie interleaved, as their tile reads them: a group of each row, or its scale, after each other.
-constexpr size_t INTERLEAVED = QUANTIZED_PANELS > 1 ? QUANTIZED_ROWS : 1;
-static_assert(ROW_BLOCK % INTERLEAVED == 0, "a block begins with a tile");
-
-struct Range { size_t begin, end; };
-
-// Four activations with a high part: integers side by side, and their step times HIGH.
-struct Outlier {
-    int32_t high;
-    float scale;
-    uint32_t k, row;  // the row within the tile
+// Where columns go that are activated at once. Gated ones come from both halves of the matrix.
+struct Activated {
+    float* out;  // [T, N], or [T, N / 2] of gated ones
+    int64_t kind;
+    bool gated;
 };
 
-struct Quantized {
-    const QuantizedLinear& a;
-    size_t groups;
-    float* scales;      // [T, groups] interleaved: a step
-    float* totals;      // the same: the group's sum, high parts included, as a number
-    int32_t* sums;      // the same: of the low parts
-    Outlier* outliers;  // [T, K / 32]: as many as a tile has, groups ascending
-    uint32_t* counts;   // [T]: of the tile that begins there
-    int8_t* low;        // [T, K] interleaved
+// Of a group, for 16 columns: its scale, what a sum's MAGIC is worth in it, negative, and its minimum.
+struct GroupScales { f32x16 scale, magic, lowest; };
+constexpr size_t WIDE_SCALES = sizeof(GroupScales) / sizeof(float);
 
-    explicit Quantized(const QuantizedLinear& params)
-        : a(params), groups(a.in_features / GROUP), scales((float*)a.scratch), totals(scales + a.rows * groups),
-          sums((int32_t*)(totals + a.rows * groups)), outliers((Outlier*)(sums + a.rows * groups)),
-          counts((uint32_t*)(outliers + a.rows * groups)), low((int8_t*)(counts + a.rows)) {}
+// Some panels' part of a block of K, and where their columns go.
+template <class Weights> struct Block {
+    Range of;                                   // groups
+    size_t panels[Weights::PANELS];
+    size_t scales[Weights::PANELS];             // where they begin in those of the matrix
+    const uint8_t* weights[Weights::PANELS];
+    const float* wide_scales[Weights::PANELS];  // if they were widened
+    float* out[Weights::PANELS];                // of the first row
+    size_t next_out;                            // from row to row
+};
 
+struct Quantized : Activations {
+    const Activated* activated;  // or null
+
+    explicit Quantized(const QuantizedLinear& params, const Activated* activated = nullptr)
+        : Activations(params), activated(activated) {}
+
+    float* out_of(size_t row, size_t panel) const { return a.out + row * a.out_features + panel * 16; }
     size_t panel_count() const { return (a.out_features + 15) / 16; }
 
-    // Rows that lie interleaved are a tile: all of INTERLEAVED, or what is left at the end.
-    size_t tile_begin(size_t row) const { return row / INTERLEAVED * INTERLEAVED; }
-    size_t tile_rows(size_t row) const { return INTERLEAVED == 1 ? 1 : least(INTERLEAVED, a.rows - tile_begin(row)); }
+    // The panel that is multiplied as the i-th: a gate and what it lets through follow each other.
+    size_t in_turn(size_t i) const { return activated && activated->gated ? i / 2 + i % 2 * (panel_count() / 2) : i; }
 
-    // A group with elements beyond LARGEST.
-    void quantize_outliers(size_t row, size_t g, size_t at, float factor) const {
-        const float* from = a.x + row * a.in_features + g * GROUP;
-        int8_t* low_to = low + at * GROUP;
-        alignas(4) int8_t high[GROUP];
-        int32_t sum = 0, high_sum = 0;
-        for (size_t i = 0; i < GROUP; i++) {
-            const int32_t integer = round_to_even(from[i] * factor);
-            const int32_t above = int32_t(uint32_t(integer + 127 + (HIGH << 12)) / HIGH) - (1 << 12);
-            low_to[i] = int8_t(integer - above * HIGH), high[i] = int8_t(above);
-            sum += low_to[i], high_sum += above;
-        }
-        const size_t first = tile_begin(row);
-        Outlier* const of_tile = outliers + first * groups;
-        for (size_t i = 0; i < GROUP; i += 4) {
-            int32_t four;
-            __builtin_memcpy(&four, high + i, 4);
-            if (!four) continue;
-            of_tile[counts[first]++] = {four, scales[at] * float(HIGH), uint32_t(g * GROUP + i), uint32_t(row - first)};
-        }
-        sums[at] = sum, totals[at] = scales[at] * float(sum + high_sum * HIGH);
-    }
-
-    // Integers x * (LARGEST / max |x| of the group), rounded to even. A NaN or an infinity makes all scales of its row NaN:
-    // enough, for every output has a product with each.
-    void quantize_row(size_t row) const {
-        const size_t step = tile_rows(row), first = tile_begin(row), begin = first * groups + row - first;
-        const size_t padded = (groups + 15) / 16 * 16;
-        const float* from = a.x + row * a.in_features;
-        auto* highest = static_cast<float*>(__builtin_alloca(3 * padded * sizeof(float)));
-        float *factors = highest + padded, *steps = factors + padded;
-        for (size_t g = groups; g < padded; g++) highest[g] = 0.0f;
-        const float total = sum(largest_of_groups(from, groups, highest));
-        const float limit = total > 1e-30f ? __builtin_sqrtf(OUTLIER * total / float(a.in_features)) : __builtin_inff();
-        const bool finite = total < __builtin_inff();
-        const f32x16 most = broadcast(LARGEST);
-        for (size_t g = 0; g < padded; g += 16) {
-            const f32x16 top = min(load(highest + g), broadcast(limit));
-            store(factors + g, finite ? zero_where_below(div(most, top), top, TINY) : broadcast(0.0f));
-            store(steps + g, finite ? zero_where_below(div(top, most), top, TINY) : broadcast(__builtin_nanf("")));
-        }
-        round_groups(from, groups, factors, low + begin * GROUP, step * GROUP, sums + begin, step);
-        for (size_t g = 0, at = begin; g < groups; g++, at += step) {
-            scales[at] = steps[g];
-            totals[at] = steps[g] * float(sums[at]);
-            if (finite && highest[g] > limit) quantize_outliers(row, g, at, factors[g]);
+    template <class Weights> void widen_scales(size_t panel, Range of, float* to) const {
+        for (size_t at = (panel * groups + of.begin) * 16, end = (panel * groups + of.end) * 16; at < end; at += 16) {
+            const f32x16 scale = load_f16(a.scales + at);
+            store(to, scale), store(to + 16, mul(scale, broadcast(-MAGIC)));
+            if (Weights::BITS == 4) store(to + 32, load_f16(a.minima + at));
+            to += WIDE_SCALES;
         }
     }
 
-    // By group, so that rows take turns: a sum need not wait for the one before.
-    void sort_outliers(Outlier* of_tile, size_t count) const {
-        auto* sorted = static_cast<Outlier*>(__builtin_alloca(count * sizeof(Outlier)));
-        auto* next = static_cast<uint32_t*>(__builtin_alloca((groups + 1) * sizeof(uint32_t)));
-        __builtin_memset(next, 0, (groups + 1) * sizeof(uint32_t));
-        for (size_t i = 0; i < count; i++) next[of_tile[i].k / GROUP + 1]++;
-        for (size_t g = 1; g < groups; g++) next[g] += next[g - 1];
-        for (size_t i = 0; i < count; i++) sorted[next[of_tile[i].k / GROUP]++] = of_tile[i];
-        __builtin_memcpy(of_tile, sorted, count * sizeof(Outlier));
+    // Of the g-th group of a block whose scales begin at `at`, and were widened into `wide`, if they were.
+    template <class Weights> TR_INLINE GroupScales scales_of(size_t at, const float* wide, size_t g) const {
+        wide += g * WIDE_SCALES, at += g * 16;
+        if (Weights::WIDE) return {load(wide), load(wide + 16), load(wide + 32)};
+        const f32x16 scale = load_f16(a.scales + at);
+        return {scale, mul(scale, broadcast(-MAGIC)), Weights::BITS == 4 ? load_f16(a.minima + at) : scale};
     }
 
-    // Of rows that prepare(row) writes first, while they are at hand.
-    template <class F> void quantize(F prepare) const {
-        const size_t tiles = (a.rows + INTERLEAVED - 1) / INTERLEAVED;  // one thread for each: their rows share cache lines
-        const size_t width = INTERLEAVED * a.in_features, chunk = WORK_PER_TASK / width + (width > WORK_PER_TASK);
-        parallel_chunks(tiles, chunk, [&](size_t tile) {
-            const size_t first = tile * INTERLEAVED, end = least(first + INTERLEAVED, a.rows);
-            counts[first] = 0;
-            for (size_t row = first; row < end; row++) {
-                prepare(row);
-                quantize_row(row);
-            }
-            if (end - first > 1) sort_outliers(outliers + first * groups, counts[first]);
-        });
-    }
-
-    // out [R, 16] of each of P panels, or 0 at first, += a block of K, + high_products; w: the panels' weights. A function of its
-    // own: whatever else is here costs it registers.
+    // out [R, 16] of each of P panels, or 0 at first, += a block of K, + high_products. A function of its own: whatever else is
+    // here costs it registers.
     template <class Weights, int R>
-    __attribute__((noinline)) void add_groups(float* const (&out)[Weights::PANELS], size_t next_out, size_t row,
-                                              const size_t (&panels)[Weights::PANELS],
-                                              const uint8_t* const (&weights)[Weights::PANELS], Range of,
-                                              const float* high_products) const {
+    __attribute__((noinline)) void add_groups(const Block<Weights>& block, float* const (&out)[Weights::PANELS],
+                                              size_t next_out, size_t row, const float* high_products) const {
         constexpr int P = Weights::PANELS;
         constexpr bool IS_TILE = INTERLEAVED > 1, IS_SHIFTED = Weights::BITS == 8 && !Weights::SIGNED;  // by 128
         static_assert(!IS_TILE || Weights::ROWS == INTERLEAVED, "rows are multiplied as they were interleaved");
         const size_t next_row = IS_TILE ? 1 : groups, next_group = IS_TILE ? R : 1;  // in scales, totals and sums
+        const Range of = block.of;
         const uint8_t* w[P];
         f32x16 total[P][R];
-        for (int p = 0; p < P; p++) w[p] = weights[p];
+        for (int p = 0; p < P; p++) w[p] = block.weights[p];
         for (int p = 0; p < P; p++)
             for (int r = 0; r < R; r++) total[p][r] = of.begin ? load(out[p] + r * next_out) : broadcast(0.0f);
         for (size_t g = of.begin; g < of.end; g++) {
@@ -158,12 +87,14 @@ struct Quantized {
             }, sum);
             for (int p = 0; p < P; p++) {
                 w[p] += Weights::GROUP_BYTES;
-                const f32x16 scale = load_f16(a.scales + (panels[p] * groups + g) * 16), magic = mul(scale, broadcast(-MAGIC));
-                for (int r = 0; r < R; r++)
-                    total[p][r] = fma(fma(float_of(sum[p][r]), scale, magic), broadcast(scales[at + r * next_row]), total[p][r]);
+                const GroupScales of_group = scales_of<Weights>(block.scales[p], block.wide_scales[p], g - of.begin);
+                for (int r = 0; r < R; r++) {
+                    const f32x16 x_scale = broadcast(scales[at + r * next_row]);
+                    total[p][r] = fma(fma(float_of(sum[p][r]), of_group.scale, of_group.magic), x_scale, total[p][r]);
+                }
                 if (Weights::BITS == 8) continue;
-                const f32x16 lowest = load_f16(a.minima + (panels[p] * groups + g) * 16);
-                for (int r = 0; r < R; r++) total[p][r] = fma(broadcast(totals[at + r * next_row]), lowest, total[p][r]);
+                for (int r = 0; r < R; r++)
+                    total[p][r] = fma(broadcast(totals[at + r * next_row]), of_group.lowest, total[p][r]);
             }
         }
         for (int p = 0; p < P; p++)
@@ -173,106 +104,152 @@ struct Quantized {
             }
     }
 
-    // Products with high parts, of all of K: to [P][R][16].
+    // Products with high parts, of a block of K: to [P][R][16]. Returns whether there are any.
     template <class Weights, int R>
-    __attribute__((noinline)) void multiply_high(size_t row, const size_t (&panels)[Weights::PANELS], float* to) const {
+    __attribute__((noinline)) bool multiply_high(const Block<Weights>& block, size_t row, float* to) const {
         constexpr int P = Weights::PANELS, STEP = INTERLEAVED > 1 ? R : 1;
         const uint8_t* w[P];
-        const f16* w_scales[P];
-        for (int p = 0; p < P; p++) {
-            w[p] = a.panels + panels[p] * groups * Weights::PACKED_BYTES;
-            w_scales[p] = a.scales + panels[p] * groups * 16;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < P * R; i++) store(to + i * 16, broadcast(0.0f));
+        size_t scales_begin[P];
+        const float* wide[P];
+        for (int p = 0; p < P; p++) w[p] = block.weights[p], scales_begin[p] = block.scales[p], wide[p] = block.wide_scales[p];
+        bool any = false;
         for (size_t first = row; first < row + R; first += STEP) {
-            const Outlier *of = outliers + first * groups, *last = of + counts[first];
+            const uint32_t* end = ends + first * blocks + block.of.begin / BLOCK_GROUPS;
+            const Outlier* const of_tile = outliers + first * groups;
+            const Outlier *of = of_tile + (block.of.begin ? end[-1] : 0), *last = of_tile + *end;
+            if (of == last) continue;
+#pragma GCC unroll 16
+            for (int i = 0; !any && i < P * R; i++) store(to + i * 16, broadcast(0.0f));
+            any = true;
+            float* const to_tile = to + (first - row) * 16;
             for (; of < last; of++)
                 for (int p = 0; p < P; p++) {
-                    float* of_row = to + (p * R + first - row + of->row) * 16;
-                    const f32x16 sum = to_float(four_products<Weights::BITS>(w[p], of->k, of->high));
-                    const f32x16 w_scale = load_f16(w_scales[p] + of->k / GROUP * 16);
-                    store(of_row, fma(mul(sum, w_scale), broadcast(of->scale), load(of_row)));
+                    float* to_row = to_tile + (p * R + of->row) * 16;
+                    const GroupScales of_group = scales_of<Weights>(scales_begin[p], wide[p], of->k / GROUP);
+                    const f32x16 sum = float_of(Weights::four_products(w[p], of->k, of->high));
+                    store(to_row, fma(fma(sum, of_group.scale, of_group.magic), broadcast(of->scale), load(to_row)));
                 }
         }
+        return any;
     }
 
-    // A block of K that does not begin at 0 goes on with what is in out. A panel of fewer than 16 columns is computed beside it.
-    template <class Weights, int R>
-    void tile(size_t row, const size_t (&panels)[Weights::PANELS], const uint8_t* const (&w)[Weights::PANELS],
-              Range of) const {
+    // R rows from `row` on, which is so far from the first one.
+    template <class Weights, int R> void tile(const Block<Weights>& block, size_t row, size_t distance) const {
         constexpr int P = Weights::PANELS;
         alignas(64) float high_products[P * R * 16];
-        const float* added = of.end == groups ? high_products : nullptr;
-        if (added) multiply_high<Weights, R>(row, panels, high_products);
-        const size_t next = a.out_features, row_out = row * next;
+        const float* added = multiply_high<Weights, R>(block, row, high_products) ? high_products : nullptr;
+        const size_t next = block.next_out, left = a.out_features - block.panels[P - 1] * 16;
         float* out[P];
-        for (int p = 0; p < P; p++) out[p] = a.out + row_out + panels[p] * 16;
-        if (panels[P - 1] * 16 + 16 <= next) {
-            add_groups<Weights, R>(out, next, row, panels, w, of, added);
-        } else {
+        for (int p = 0; p < P; p++) out[p] = block.out[p] + distance * next;
+        if (left >= 16) {
+            add_groups<Weights, R>(block, out, next, row, added);
+        } else {  // of fewer than 16 columns: computed beside
             alignas(64) float room[P][R * 16];
             float* beside[P];
             for (int p = 0; p < P; p++) {
                 beside[p] = room[p];
-                for (int r = 0; of.begin && r < R; r++) store(room[p] + r * 16, load_part(out[p] + r * next, next - panels[p] * 16));
+                const size_t columns = a.out_features - block.panels[p] * 16;
+                for (int r = 0; block.of.begin && r < R; r++) store(room[p] + r * 16, load_part(out[p] + r * next, columns));
             }
-            add_groups<Weights, R>(beside, 16, row, panels, w, of, added);
-            for (int p = 0; p < P; p++)
-                for (int r = 0; r < R; r++) store_part(out[p] + r * next, load(room[p] + r * 16), next - panels[p] * 16);
+            add_groups<Weights, R>(block, beside, 16, row, added);
+            for (int p = 0; p < P; p++) {
+                const size_t columns = a.out_features - block.panels[p] * 16;
+                for (int r = 0; r < R; r++) store_part(out[p] + r * next, load(room[p] + r * 16), columns);
+            }
         }
-        if (!a.bias || of.end < groups) return;
-        const size_t end = least(panels[P - 1] * 16 + 16, next);
-        for (int r = 0; r < R; r++)
-            for (size_t n = panels[0] * 16; n < end; n++) a.out[row_out + r * next + n] += a.bias[n];
+        if (!a.bias || block.of.end < groups) return;
+        for (int p = 0; p < P; p++) {
+            if (p && block.panels[p] == block.panels[p - 1]) continue;
+            const float* bias = a.bias + block.panels[p] * 16;
+            const size_t columns = least(a.out_features - block.panels[p] * 16, 16);
+            for (int r = 0; r < R; r++)
+                for (size_t n = 0; n < columns; n++) out[p][r * next + n] += bias[n];
+        }
     }
 
-    // The panels that lie so far ahead are fetched beside these: outliers come first, so the processor would not foresee them.
-    template <class Weights>
-    void multiply_block(const size_t (&panels)[Weights::PANELS], size_t ahead, Range rows, Range of) const {
+    // What follows in turn is fetched beside it: outliers come first, so the processor would not foresee it.
+    template <class Weights> void multiply_block(Block<Weights>& block, size_t following, Range rows) const {
         constexpr size_t P = Weights::PANELS;
         alignas(64) uint8_t room[P][BLOCK_GROUPS * Weights::GROUP_BYTES];
+        alignas(64) float scale_room[P][Weights::WIDE ? BLOCK_GROUPS * WIDE_SCALES : 1];
+        const Range of = block.of;
         const size_t bytes = (of.end - of.begin) * Weights::PACKED_BYTES;
-        const uint8_t *packed[P], *w[P];
+        const uint8_t* ahead[P];
         for (size_t p = 0; p < P; p++) {
-            packed[p] = a.panels + (panels[p] * groups + of.begin) * Weights::PACKED_BYTES;
-            w[p] = Weights::unpack(packed[p], room[p], bytes);
+            const uint8_t* packed = a.panels + (block.panels[p] * groups + of.begin) * Weights::PACKED_BYTES;
+            block.scales[p] = (block.panels[p] * groups + of.begin) * 16;
+            block.weights[p] = Weights::unpack(packed, room[p], bytes);
+            block.wide_scales[p] = scale_room[p];
+            if (Weights::WIDE) widen_scales<Weights>(block.panels[p], of, scale_room[p]);
+            const size_t next = following + p < panel_count() ? in_turn(following + p) : block.panels[p];
+            ahead[p] = a.panels + (next * groups + of.begin) * Weights::PACKED_BYTES;
         }
         const size_t share = bytes * Weights::ROWS / (rows.end - rows.begin) + 64;
-        size_t fetched = 0, wanted = ahead ? bytes : 0;
+        size_t fetched = 0, wanted = following < panel_count() ? bytes : 0;
         for_row_groups<Weights::ROWS>(rows.begin, rows.end, [&](size_t row, auto count) {
             for (const size_t stop = least(fetched + share, wanted); fetched < stop; fetched += 64)
-                for (size_t p = 0; p < P; p++) __builtin_prefetch(packed[p] + ahead * groups * Weights::PACKED_BYTES + fetched);
-            tile<Weights, decltype(count)::value>(row, panels, w, of);
+                for (size_t p = 0; p < P; p++) __builtin_prefetch(ahead[p] + fetched);
+            tile<Weights, decltype(count)::value>(block, row, row - rows.begin);
         });
     }
 
-    template <class Weights> void multiply_panels(size_t first, size_t last, size_t next, Range rows) const {
+    // Panels [first, last) in turn, to `out`, where the columns of the first one go.
+    template <class Weights>
+    void multiply_panels(size_t first, size_t last, size_t next, Range rows, float* out, size_t next_out) const {
         constexpr size_t P = Weights::PANELS;
-        for (size_t begin = 0; begin < groups; begin += BLOCK_GROUPS) {
-            const Range of{begin, least(begin + BLOCK_GROUPS, groups)};
-            for (size_t panel = first; panel < last; panel += P) {
-                const size_t after = panel + P < last ? panel + P : next, ahead = after < panel_count() ? after - panel : 0;
-                size_t panels[P];  // the last one twice, where one is missing
-                for (size_t p = 0; p < P; p++) panels[p] = least(panel + p, last - 1);
-                multiply_block<Weights>(panels, ahead, rows, of);
+        for (size_t begin = 0; begin < groups; begin += BLOCK_GROUPS)
+            for (size_t turn = first; turn < last; turn += P) {
+                Block<Weights> block;
+                block.of = {begin, least(begin + BLOCK_GROUPS, groups)}, block.next_out = next_out;
+                for (size_t p = 0; p < P; p++) {
+                    const size_t of_panel = least(turn + p, last - 1);  // the last one twice, where one is missing
+                    block.panels[p] = in_turn(of_panel), block.out[p] = out + (of_panel - first) * 16;
+                }
+                multiply_block(block, turn + P < last ? turn + P : next, rows);
             }
-        }
     }
 
-    // Tasks are larger where there are more of them than threads need.
+    void multiply_panels(size_t first, size_t last, size_t next, Range rows, float* out, size_t next_out) const {
+        const bool few = rows.end - rows.begin < ROWS_TO_SPREAD;
+        if (a.bits == 8 && few) multiply_panels<EightBits>(first, last, next, rows, out, next_out);
+        else if (a.bits == 8) multiply_panels<Wide<EightBits>>(first, last, next, rows, out, next_out);
+        else if (few) multiply_panels<FourBits>(first, last, next, rows, out, next_out);
+        else multiply_panels<Wide<Spread>>(first, last, next, rows, out, next_out);
+    }
+
+    // Columns are activated while they are at hand, and written nowhere before. (whole panels: all of N is)
+    void multiply_and_activate(size_t first, size_t last, size_t next, Range rows) const {
+        const size_t width = (last - first) * 16, count = rows.end - rows.begin, inputs = activated->gated ? 2 : 1;
+        auto* room = static_cast<float*>(__builtin_alloca_with_align(count * width * sizeof(float), 512));
+        multiply_panels(first, last, next, rows, room, width);
+        const size_t columns = a.out_features / inputs;
+        float* out = activated->out + rows.begin * columns + first / inputs * 16;
+        with_activation(activated->kind, [=, gated = activated->gated](auto of) {
+            constexpr int KIND = decltype(of)::value;
+            for (size_t row = 0; row < count; row++)
+                for (size_t from = 0; from < width; from += 16 * inputs)
+                    activate_row<KIND>(room + row * width + from, out + row * columns + from / inputs, 16, gated);
+        });
+    }
+
+    // Each thread has rows of its own, where there are enough of them: all panels for some of its rows, then for others. Tasks are
+    // larger where there are more of them than threads need.
     void multiply_all() const {
-        const size_t threads = tr_num_threads(), row_blocks = (a.rows + ROW_BLOCK - 1) / ROW_BLOCK;
+        const size_t threads = tr_num_threads(), tiles = (a.rows + INTERLEAVED - 1) / INTERLEAVED;
+        size_t row_blocks = (a.rows + ROW_BLOCK - 1) / ROW_BLOCK, parts = 1;
+        if (row_blocks >= threads) parts = threads, row_blocks = (row_blocks + threads - 1) / threads * threads;
         const size_t pairs = (panel_count() + PANEL_GROUP - 1) / PANEL_GROUP * row_blocks;
         const size_t step = PANEL_GROUP * least(pairs / (16 * threads) + 1, 4);
-        parallel_for((panel_count() + step - 1) / step * row_blocks, [&](size_t task) {
-            const size_t first = task / row_blocks * step, last = least(first + step, panel_count());
-            const size_t next = (task + threads) / row_blocks * step;  // this thread's, if tasks take turns
-            const size_t begin = task % row_blocks * ROW_BLOCK;
-            const Range rows{begin, least(begin + ROW_BLOCK, size_t(a.rows))};
-            if (a.bits == 8) multiply_panels<EightBits>(first, last, next, rows);
-            else if (rows.end - rows.begin < ROWS_TO_SPREAD) multiply_panels<FourBits>(first, last, next, rows);
-            else multiply_panels<Spread>(first, last, next, rows);
+        const size_t own_blocks = row_blocks / parts, tasks = (panel_count() + step - 1) / step * own_blocks;
+        parallel_for(tasks * parts, [&](size_t task) {
+            const size_t of_part = task % tasks, block = task / tasks * own_blocks + of_part % own_blocks;
+            const size_t first = of_part / own_blocks * step, last = least(first + step, panel_count());
+            const size_t next = (of_part + 1) / own_blocks * step;  // this thread's, if it keeps to its part
+            const Range rows{tiles * block / row_blocks * INTERLEAVED,
+                             least(tiles * (block + 1) / row_blocks * INTERLEAVED, size_t(a.rows))};
+            if (rows.begin == rows.end) return;
+            if (activated) multiply_and_activate(first, last, next, rows);
+            else multiply_panels(first, last, next, rows, out_of(rows.begin, first), a.out_features);
         });
     }
 };

@@ -125,7 +125,7 @@ template <int KIND> TR_INLINE f32x16 activate_gate(f32x16 gate, f32x16 up) {
     return mul(times_sigmoid(gate, mul(gate, broadcast(1.702f))), add(up, one));
 }
 
-template <int KIND> void activate_row(const float* x, float* out, size_t columns, bool gated) {
+template <int KIND> TR_INLINE void activate_row(const float* x, float* out, size_t columns, bool gated) {
     for (size_t i = 0; i < columns; i += 16) {
         size_t n = columns - i;
         const f32x16 gate = load_part(x + i, n);
@@ -134,13 +134,18 @@ template <int KIND> void activate_row(const float* x, float* out, size_t columns
     }
 }
 
+// f(Count<kind>{}).
+template <class F> TR_INLINE void with_activation(int64_t kind, F f) {
+    if (kind == SILU) f(Count<SILU>{});
+    else if (kind == GELU) f(Count<GELU>{});
+    else if (kind == GELU_TANH) f(Count<GELU_TANH>{});
+    else if (kind == RELU) f(Count<RELU>{});
+    else if (kind == RELU2) f(Count<RELU2>{});
+    else f(Count<SWIGLU_OAI>{});
+}
+
 void activate_row(const float* x, float* out, size_t columns, int64_t kind, bool gated) {
-    if (kind == SILU) activate_row<SILU>(x, out, columns, gated);
-    else if (kind == GELU) activate_row<GELU>(x, out, columns, gated);
-    else if (kind == GELU_TANH) activate_row<GELU_TANH>(x, out, columns, gated);
-    else if (kind == RELU) activate_row<RELU>(x, out, columns, gated);
-    else if (kind == RELU2) activate_row<RELU2>(x, out, columns, gated);
-    else activate_row<SWIGLU_OAI>(x, out, columns, gated);
+    with_activation(kind, [=](auto of) { activate_row<decltype(of)::value>(x, out, columns, gated); });
 }
 
 void activation(const float* x, float* out, int64_t rows, int64_t columns, int64_t kind, int64_t gated) {
