@@ -58,34 +58,39 @@ class ModelRunner:
         return sampled
 
     def _inputs(self, batch: Sequence[ScheduledRequest], starts: Sequence[int]) -> StepInputs:
-        positions = [_positions(entry) for entry in batch]
-        tables = [np.array(entry.request.block_table, dtype=np.int64) for entry in batch]
-        slots = [
-            table[position // self._block_size] * self._block_size + position % self._block_size
-            for table, position in zip(tables, positions, strict=True)
-        ]
-        padded = np.zeros((len(batch), max(len(table) for table in tables)), dtype=np.int32)
+        """Lists first: most steps have a row or two per request, and arrays of those cost more than they bring."""
+        size = self._block_size
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for entry in batch:
+            request, span = entry.request, _positions(entry)
+            ids += request.token_ids[span.start : span.start + entry.num_tokens]
+            ids += entry.draft_token_ids
+            positions += span
+            slots += [request.block_table[at // size] * size + at % size for at in span]
+        tables = [entry.request.block_table for entry in batch]
+        padded = np.zeros((len(batch), max(map(len, tables))), dtype=np.int32)
         for row, table in zip(padded, tables, strict=True):
             row[: len(table)] = table
         np.maximum(padded, 0, out=padded)  # what fell out of the window is not read
-        all_positions = np.concatenate(positions)
         return StepInputs(
-            np.concatenate([_token_ids(entry) for entry in batch]),
-            all_positions,
-            np.concatenate(slots),
+            np.array(ids, dtype=np.int64),
+            np.array(positions, dtype=np.int64),
+            np.array(slots, dtype=np.int64),
             padded,
             np.array(starts, dtype=np.int32),
             np.array([entry.request.num_computed_tokens + entry.num_rows for entry in batch], dtype=np.int32),
             np.array([entry.num_results for entry in batch], dtype=np.int32),
-            self._sink_positions(all_positions),
+            self._sink_positions(positions),
         )
 
-    def _sink_positions(self, positions: np.ndarray) -> np.ndarray | None:
+    def _sink_positions(self, positions: Sequence[int]) -> np.ndarray | None:
         """Where queries stand as the sinks see them, once some have outgrown the context. (StreamingLLM)"""
         last = self._window.num_sinks + self._window.size - 1
-        if not self._window.num_sinks or positions.max() <= last:
+        if not self._window.num_sinks or max(positions) <= last:
             return None
-        return positions.clip(max=last)
+        return np.array(positions, dtype=np.int64).clip(max=last)
 
     def _sample(self, batch: Sequence[ScheduledRequest], hidden: Tensor, starts: Sequence[int]) -> list[Sampled]:
         sampled = [Sampled()] * len(batch)
@@ -121,16 +126,9 @@ class ModelRunner:
 
 def _chosen(hidden: Tensor, rows: list[int]) -> Tensor:
     """Ascending rows. Where all decode that is every one, and nothing is copied."""
-    return hidden if len(rows) == len(hidden) else hidden[tensor_on(hidden.device, rows, torch.int64)]
+    return hidden if len(rows) == hidden.shape[0] else hidden[tensor_on(hidden.device, rows, torch.int64)]
 
 
-def _token_ids(entry: ScheduledRequest) -> np.ndarray:
+def _positions(entry: ScheduledRequest) -> range:
     start = entry.request.num_computed_tokens
-    return np.array(
-        [*entry.request.token_ids[start : start + entry.num_tokens], *entry.draft_token_ids], dtype=np.int64
-    )
-
-
-def _positions(entry: ScheduledRequest) -> np.ndarray:
-    start = entry.request.num_computed_tokens
-    return np.arange(start, start + entry.num_rows, dtype=np.int64)
+    return range(start, start + entry.num_rows)

@@ -73,7 +73,8 @@ class Sampler:
     def draw(self, logits: Tensor, entries: Sequence[ScheduledRequest], positions: Positions) -> list[Drawn]:
         """One token per row, as ``sample`` has them."""
         for row, position in enumerate(positions):
-            self._forbid_early_end(logits[row], position)
+            if position.num_output_tokens < position.params.min_tokens:
+                self._forbid_end(logits[row], position)
         process(logits, positions)
         _constrain(logits, entries)
         best = kernels.argmax(logits)
@@ -85,11 +86,9 @@ class Sampler:
         drawn[chosen] = _draw(logits[chosen], [positions[row] for row in rows])
         return [Drawn(int(token_id), probability) for token_id, probability in drawn.tolist()]
 
-    def _forbid_early_end(self, logits: Tensor, position: SamplingPosition) -> None:
-        params = position.params
-        if position.num_output_tokens < params.min_tokens:
-            ends = list(self._eos_token_ids.union(params.stop_token_ids))
-            logits.index_fill_(0, tensor_on(logits.device, ends, torch.long), -torch.inf)
+    def _forbid_end(self, logits: Tensor, position: SamplingPosition) -> None:
+        ends = list(self._eos_token_ids.union(position.params.stop_token_ids))
+        logits.index_fill_(0, tensor_on(logits.device, ends, torch.long), -torch.inf)
 
 
 def _positions(entry: ScheduledRequest) -> Iterator[SamplingPosition]:

@@ -48,6 +48,8 @@ class Adapters:
 
     def use(self, spans: Sequence[tuple[str, int]]) -> None:
         """``spans``: the adapter's id ("": none) and the number of rows of each request, in the order of the rows."""
+        if not self._loaded and not self.in_use:
+            return
         starts = accumulate((count for _, count in spans), initial=0)
         rows: dict[str, list[range]] = {}
         for start, (adapter_id, count) in zip(starts, spans, strict=False):

@@ -121,7 +121,7 @@ def quantized_linear(
 
 
 def quantized_rows(panels: Tensor, scales: Tensor, minima: Tensor | None, ids: Tensor, in_features: int) -> Tensor:
-    out = torch.empty((len(ids), in_features))
+    out = torch.empty((ids.shape[0], in_features))
     library.quantized_rows(
         library.QuantizedRows(
             library.address(panels, torch.uint8),
@@ -193,7 +193,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
 def argmax(x: Tensor) -> Tensor:
     if x.dtype is not torch.float32 or not x.is_contiguous():
         return reference.argmax(x)
-    best = x.new_empty(len(x), dtype=torch.int64)
+    best = x.new_empty(x.shape[0], dtype=torch.int64)
     library.argmax(x.data_ptr(), best.data_ptr(), *x.shape)
     return best
 

@@ -111,12 +111,14 @@ class NativeLayers:
             self._bind(kv_cache)
         if not self._is_covered:
             return Transformer.run_layers(self._model, x, positions, rotary, kv_cache, metadata)
-        config, rows = self._model.config, len(x)
-        if rows != len(self._room.normed):
+        config, rows = self._model.config, x.shape[0]
+        if rows != self._room.normed.shape[0]:
             self._room = self._make_room(rows)
         residual, normed, wide, narrow, q, scratch = self._room
-        low = x.new_empty((rows, max((adapter.rank for adapter in self._adapters), default=0)))
-        added = x.new_empty((rows if self._adapters else 0, self._wide))
+        low = added = None
+        if self._adapters:
+            low = x.new_empty((rows, max(adapter.rank for adapter in self._adapters)))
+            added = x.new_empty((rows, self._wide))
         sinks = metadata.sink_positions
         nowhere = None if sinks is None else torch.full_like(metadata.slot_mapping, -1)
         indices = positions, sinks, metadata.slot_mapping, nowhere
@@ -131,8 +133,8 @@ class NativeLayers:
                 *(library.address(tensor, torch.int64) for tensor in indices),
                 *(library.address(tensor, torch.int32) for tensor in tables),
                 self._adapted,
-                low.data_ptr(),
-                added.data_ptr(),
+                library.address(low, torch.float32),
+                library.address(added, torch.float32),
                 rows,
                 *metadata.block_tables.shape,
                 len(self._adapted),
@@ -143,7 +145,7 @@ class NativeLayers:
     def _asked_for(self, metadata: AttentionMetadata, rows: int) -> Tensor | None:
         """None: all rows. So it is with adapters, whose rows stay where they are, and in a decode step."""
         results = metadata.num_results
-        if results is None or self._adapters or len(results) == rows or int(results.sum()) == rows:
+        if results is None or self._adapters or results.shape[0] == rows or int(results.sum()) == rows:
             return None
         return results
 
