@@ -4,7 +4,8 @@ The limits are measured in the same run: read bandwidth by summing a large array
 of torch. Shapes are SmolLM2-135M's. Weights are cycled through more memory than the caches hold, as in a real step.
 Weights of few bits multiply as integers, so their share of fp32's peak may be above 100 %. The last lines are of the
 engine with the real model: whole decode steps and the share of each that is not spent in native calls, and a prompt,
-beside what torch's product of 8-bit integers would allow if there were nothing else to do.
+beside what torch's product of 8-bit integers would allow if there were nothing else to do. (a prompt needs the head
+for its last token alone; the usual count of operations per token, twice the parameters, has it for each)
 """
 
 from __future__ import annotations
@@ -182,20 +183,29 @@ def benchmark_prefill() -> None:
     """A prompt in the engine beside the products of integers that its layers are made of, in turn."""
     config = EngineConfig(enable_prefix_caching=False, num_blocks=2 * PROMPT // BLOCK)
     engine = Engine.from_model(MODEL, config)
-    prefill_seconds(engine, 0)
-    pairs = [(prefill_seconds(engine, number), product_seconds()) for number in range(1, 25)]
-    operations = 2 * PROMPT * sum(map(math.prod, LAYER)) * LAYERS
+    products = [partial(torch._int_mm, integers(PROMPT, k), integers(n, k).T) for k, n in LAYER * LAYERS]
+    prefill_seconds(engine, 0), product_seconds(products)
+    pairs = [(prefill_seconds(engine, number), product_seconds(products)) for number in range(1, 25)]
+    per_token = 2 * sum(map(math.prod, LAYER)) * LAYERS
+    with_head = 1 + 2 * math.prod(LINEARS["head"]) / per_token
     prompt, product = (PROMPT / statistics.median(times) for times in zip(*pairs, strict=True))
     shares = sorted(alone / whole for whole, alone in pairs)
-    print(
-        f"prompt       {PROMPT} tokens: {prompt:.0f} tokens/s; torch._int_mm alone "
-        f"{operations * product / PROMPT / 1e9:.0f} Gop/s, {product:.0f} tokens/s: "
-        f"{statistics.median(shares):.0%} [{shares[0]:.0%}-{shares[-1]:.0%}]"
-    )
+    print(f"prompt       {PROMPT} tokens: {prompt:.0f} tokens/s; torch._int_mm: {per_token * product / 1e9:.0f} Gop/s")
+    for matrices, factor in (("of the layers", 1.0), ("and the head of each token", with_head)):
+        low, share, high = (part * factor for part in (shares[0], statistics.median(shares), shares[-1]))
+        print(f"  so the matrices {matrices} at {product / factor:.0f} tokens/s: {share:.0%} [{low:.0%}-{high:.0%}]")
 
 
-def product_seconds() -> float:
-    return sum(integer_product_seconds(*shape) for shape in LAYER) * LAYERS
+def product_seconds(products: Sequence[Callable[[], object]]) -> float:
+    """Of all layers once, each with its own matrices, as in a step."""
+    begin = time.perf_counter()
+    for product in products:
+        product()
+    return time.perf_counter() - begin
+
+
+def integers(rows: int, columns: int) -> Tensor:
+    return torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
 
 
 def prefill_seconds(engine: Engine, number: int) -> float:
@@ -205,11 +215,6 @@ def prefill_seconds(engine: Engine, number: int) -> float:
     while engine.has_work:
         engine.step()
     return time.perf_counter() - begin
-
-
-def integer_product_seconds(in_features: int, out_features: int) -> float:
-    x, weight = (torch.randint(-127, 128, (rows, in_features), dtype=torch.int8) for rows in (PROMPT, out_features))
-    return seconds(partial(torch._int_mm, x, weight.T), 0.03)
 
 
 def timed(call: Callable[..., Tensor], total: list[float]) -> Callable[..., Tensor]:

@@ -1,8 +1,8 @@
 // Activations of a quantized product: integers of 8 bits with a step per group of 32 along K, and what sticks out of them.
 //
-// An activation is 255 * high + low. The largest of a group makes its step, unless it is beyond eight times the row's root mean
-// square and would drown the others in its rounding: then six times that makes it, and the few beyond that have a high part, and
-// are multiplied once more. (the outliers of LLM.int8(), by element instead of by column)
+// An activation is 255 * high + low. The largest of a group makes its step, unless it is beyond eight times the row's root
+// mean square and would drown the others in its rounding: then six times that makes it, and the few beyond that have a high
+// part, and are multiplied once more. (the outliers of LLM.int8(), by element instead of by column)
 namespace {
 
 constexpr float LARGEST = 127.0f;
@@ -15,7 +15,6 @@ constexpr size_t BLOCK_GROUPS = 24;
 
 // So many rows lie interleaved, as their tile reads them: a group of each row, or its scale, after each other.
 constexpr size_t INTERLEAVED = QUANTIZED_PANELS > 1 ? QUANTIZED_ROWS : 1;
-static_assert(ROW_BLOCK % INTERLEAVED == 0, "a block begins with a tile");
 
 struct Range { size_t begin, end; };
 
@@ -48,9 +47,8 @@ struct Activations {
 
     // Of a group with elements beyond LARGEST, whose integers are not right yet: replaces them, adds to the group's sum what that
     // changes, and returns the sum of the high parts.
-    int32_t split_outliers(size_t row, size_t g, float factor, float step, int8_t* integers, int32_t& sum,
-                           uint32_t& count) const {
-        const float* from = a.x + row * a.in_features + g * GROUP;
+    int32_t split_outliers(const float* from, size_t row, size_t g, float factor, float step, int8_t* integers,
+                           int32_t& sum, uint32_t& count) const {
         const size_t first = tile_begin(row);
         Outlier* of_tile = outliers + first * groups;
         uint32_t beyond = 0;
@@ -73,10 +71,9 @@ struct Activations {
 
     // Integers x * (LARGEST / max |x| of the group), rounded to even. A NaN or an infinity makes all scales of its row NaN:
     // enough, for every output has a product with each.
-    void quantize_row(size_t row, uint32_t& count) const {
+    void quantize_row(const float* from, size_t row, uint32_t& count) const {
         const size_t step = tile_rows(row), first = tile_begin(row), begin = first * groups + row - first;
         const size_t padded = (groups + 15) / 16 * 16;
-        const float* from = a.x + row * a.in_features;
         auto* highest = static_cast<float*>(__builtin_alloca_with_align(4 * padded * sizeof(float), 512));
         float *factors = highest + padded, *steps = factors + padded;
         auto* integers = reinterpret_cast<int32_t*>(steps + padded);
@@ -100,7 +97,8 @@ struct Activations {
             for (uint32_t beyond = lanes_from(load(highest + sixteen), bound); beyond; beyond &= beyond - 1) {
                 const size_t g = sixteen + __builtin_ctz(beyond), at = begin + g * step;
                 int32_t sum = integers[g];
-                const int32_t high_sum = split_outliers(row, g, factors[g], steps[g], low + at * GROUP, sum, count);
+                int8_t* to = low + at * GROUP;
+                const int32_t high_sum = split_outliers(from + g * GROUP, row, g, factors[g], steps[g], to, sum, count);
                 sums[at] = sum, totals[at] = steps[g] * float(sum + high_sum * HIGH);
             }
     }
@@ -121,17 +119,15 @@ struct Activations {
         __builtin_memcpy(of_tile, sorted, count * sizeof(Outlier));
     }
 
-    // Of rows that prepare(row) writes first, while they are at hand.
+    // Of the rows at prepare(row, room), which may write a row into the room, [K], while it is at hand.
     template <class F> void quantize(F prepare) const {
         const size_t tiles = (a.rows + INTERLEAVED - 1) / INTERLEAVED;  // one thread for each: their rows share cache lines
         const size_t width = INTERLEAVED * a.in_features, chunk = WORK_PER_TASK / width + (width > WORK_PER_TASK);
         parallel_chunks(tiles, chunk, [&](size_t tile) {
             const size_t first = tile * INTERLEAVED, end = least(first + INTERLEAVED, a.rows);
             uint32_t count = 0;
-            for (size_t row = first; row < end; row++) {
-                prepare(row);
-                quantize_row(row, count);
-            }
+            auto* room = static_cast<float*>(__builtin_alloca_with_align(a.in_features * sizeof(float), 512));
+            for (size_t row = first; row < end; row++) quantize_row(prepare(row, room), row, count);
             sort_outliers(first, count);
         });
     }

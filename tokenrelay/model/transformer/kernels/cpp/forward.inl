@@ -15,7 +15,9 @@ void add_update(const Forward& a, const Update& update, const AdaptedRows& of, i
 
 TR_INLINE bool is_quantized(const Matrix& m) { return m.bits <= 8 && !m.weight_only; }
 
-// Of rows of x that prepare(row) writes first. Quantized matrices activate what they give, if they are asked to.
+// Of the rows of x. prepare(row, room) writes one first, where it belongs, or into the room if there is one, and returns it: a
+// row that is quantized at once need not be anywhere, if no other call reads it. Quantized matrices activate what they give, if
+// they are asked to.
 template <class F>
 void multiply(const Forward& a, const Layer& layer, MatrixOfLayer which, const float* x, float* out, F prepare,
               const Activated* activated = nullptr) {
@@ -24,10 +26,11 @@ void multiply(const Forward& a, const Layer& layer, MatrixOfLayer which, const f
         const QuantizedLinear of{x,   (const uint8_t*)m.panels, m.scales, m.minima,      m.bias,
                                  out, a.scratch,                a.num_tokens, m.in_features, m.out_features, m.bits};
         const Quantized work(of, activated);
-        work.quantize(prepare);
+        const bool is_read_again = a.num_adapted || a.network.parallel;
+        work.quantize([&](size_t row, float* room) { return prepare(row, is_read_again ? nullptr : room); });
         work.multiply_all();
     } else {
-        parallel_rows(a.num_tokens, m.in_features, prepare);
+        parallel_rows(a.num_tokens, m.in_features, [&](size_t row) { prepare(row, nullptr); });
         linear(x, m.panels, m.scales, m.bias, out, a.num_tokens, m.in_features, m.out_features, m.bits);
     }
     for (int64_t i = 0; i < a.num_adapted; i++) {
@@ -36,14 +39,16 @@ void multiply(const Forward& a, const Layer& layer, MatrixOfLayer which, const f
     }
 }
 
-// x + row * C; if there is a residual, it is added to that, and this taken.
-TR_INLINE void normalise_row(const Forward& a, const Norm& of, const float* x, float* residual, float* out, size_t row) {
+// Of a row of x; if there is a residual, it is added to that, and this taken. Returns out, or without a norm what was taken.
+TR_INLINE const float* normalise_row(const Forward& a, const Norm& of, const float* x, float* residual, float* out,
+                                     size_t row) {
     const Network& n = a.network;
     const size_t columns = n.hidden_size, start = row * columns;
     const float* from = add_residual(x + start, residual ? residual + start : nullptr, columns);
-    if (!of.weight) return;
-    if (n.centered_norms) norm_row<true>(from, of.weight, of.bias, out + start, columns, n.eps);
-    else norm_row<false>(from, of.weight, of.bias, out + start, columns, n.eps);
+    if (!of.weight) return from;
+    if (n.centered_norms) norm_row<true>(from, of.weight, of.bias, out, columns, n.eps);
+    else norm_row<false>(from, of.weight, of.bias, out, columns, n.eps);
+    return out;
 }
 
 // f(i) for every element of an array [T, C].
@@ -58,15 +63,18 @@ template <class F> TR_INLINE void for_elements(const Forward& a, F f) {
 struct Entering {
     const Forward& a;
     const Norm& norm;
-    void operator()(size_t row) const { normalise_row(a, norm, a.x, a.residual, a.normed, row); }
+    const float* operator()(size_t row, float* room) const {
+        return normalise_row(a, norm, a.x, a.residual, room ? room : a.normed + row * a.network.hidden_size, row);
+    }
     const float* result() const { return norm.weight ? a.normed : a.residual; }
 };
 
 // What is to be added to the residual: x, normalised and scaled.
 void leave(const Forward& a, const Norm& of) {
     const float scale = a.network.residual_scale;
+    const size_t columns = a.network.hidden_size;
     if (of.weight)
-        parallel_rows(a.num_tokens, a.network.hidden_size, [&](size_t row) { normalise_row(a, of, a.x, nullptr, a.x, row); });
+        parallel_rows(a.num_tokens, columns, [&](size_t row) { normalise_row(a, of, a.x, nullptr, a.x + row * columns, row); });
     if (scale != 1.0f) for_elements(a, [=, x = a.x](size_t i) { x[i] = x[i] * scale; });
 }
 
@@ -101,7 +109,8 @@ void attend(const Forward& a, const Layer& layer) {
                               layer.sink_logits, a.narrow,    a.num_requests, a.max_blocks,   n.num_heads,   layer.window,
                               layer.num_sinks,   layer.scale, n.softcap};
     paged_attention(&attention);
-    multiply(a, layer, OUT, a.narrow, a.x, [](size_t) {});
+    const size_t columns = layer.matrices[OUT].in_features;
+    multiply(a, layer, OUT, a.narrow, a.x, [&](size_t row, float*) { return a.narrow + row * columns; });
 }
 
 // Activated by the product itself, if it is quantized and nothing is added to it before.
@@ -111,8 +120,10 @@ template <class F> void feed_forward(const Forward& a, const Layer& layer, const
     const Activated activated{a.narrow, a.network.activation, a.network.gated != 0};
     const bool at_once = is_quantized(up) && !a.num_adapted && columns % 16 == 0;
     multiply(a, layer, UP, hidden, a.wide, prepare, at_once ? &activated : nullptr);
-    multiply(a, layer, DOWN, a.narrow, out, [&](size_t row) {
-        if (!at_once) activate_row(a.wide + row * width, a.narrow + row * columns, columns, activated.kind, activated.gated);
+    multiply(a, layer, DOWN, a.narrow, out, [&](size_t row, float*) {
+        float* to = a.narrow + row * columns;
+        if (!at_once) activate_row(a.wide + row * width, to, columns, activated.kind, activated.gated);
+        return to;
     });
 }
 
@@ -127,8 +138,11 @@ void add_in_turn(const Forward& a, const Layer& layer) {
 
 void add_in_parallel(const Forward& a, const Layer& layer) {
     attend(a, layer);
-    feed_forward(a, layer, a.normed, a.normed, [&](size_t row) {
-        if (layer.mlp_norm.weight) normalise_row(a, layer.mlp_norm, a.residual, nullptr, a.normed, row);
+    const size_t columns = a.network.hidden_size;
+    feed_forward(a, layer, a.normed, a.normed, [&](size_t row, float*) {
+        float* to = a.normed + row * columns;
+        if (layer.mlp_norm.weight) normalise_row(a, layer.mlp_norm, a.residual, nullptr, to, row);
+        return to;
     });
     for_elements(a, [x = a.x, other = a.normed](size_t i) { x[i] = x[i] + other[i]; });
     leave(a, Norm{});
@@ -150,7 +164,7 @@ Forward keep_results(const Forward& whole, int32_t* start) {
     start[0] = 0;
     for (int64_t i = 0; i < whole.num_requests; i++) start[i + 1] = start[i] + whole.num_results[i];
     move_rows(whole, start, whole.residual, n.hidden_size, false);
-    move_rows(whole, start, whole.normed, n.hidden_size, false);
+    if (n.parallel) move_rows(whole, start, whole.normed, n.hidden_size, false);
     move_rows(whole, start, whole.q, q_size, false);
     if (whole.q_sink) move_rows(whole, start, whole.q_sink, q_size, false);
     Forward kept = whole;
@@ -171,7 +185,8 @@ void forward(const Forward* params) {
         if (n.parallel) add_in_parallel(step, layer);
         else add_in_turn(step, layer);
     }
-    parallel_rows(step.num_tokens, n.hidden_size, Entering{step, n.final_norm});
+    const Entering leaving{step, n.final_norm};
+    parallel_rows(step.num_tokens, n.hidden_size, [&](size_t row) { leaving(row, nullptr); });
     if (whole.num_results) move_rows(whole, start, n.final_norm.weight ? whole.normed : whole.residual, n.hidden_size, true);
 }
 

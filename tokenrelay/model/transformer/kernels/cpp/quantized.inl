@@ -9,6 +9,8 @@
 // needed, and fma(1.5 * 2^23 + sum, w_scale, -1.5 * 2^23 * w_scale) is their product, rounded once.
 namespace {
 
+constexpr size_t BLOCK_ROWS = 256;  // about so many share what was spread out; their activations fit into the second cache
+
 // Where columns go that are activated at once. Gated ones come from both halves of the matrix.
 struct Activated {
     float* out;  // [T, N], or [T, N / 2] of gated ones
@@ -232,11 +234,11 @@ struct Quantized : Activations {
         });
     }
 
-    // Each thread has rows of its own, where there are enough of them: all panels for some of its rows, then for others. Tasks are
+    // Each thread has rows of its own, where there are enough of them: some panels for all of its rows, then others. Tasks are
     // larger where there are more of them than threads need.
     void multiply_all() const {
         const size_t threads = tr_num_threads(), tiles = (a.rows + INTERLEAVED - 1) / INTERLEAVED;
-        size_t row_blocks = (a.rows + ROW_BLOCK - 1) / ROW_BLOCK, parts = 1;
+        size_t row_blocks = (a.rows + BLOCK_ROWS - 1) / BLOCK_ROWS, parts = 1;
         if (row_blocks >= threads) parts = threads, row_blocks = (row_blocks + threads - 1) / threads * threads;
         const size_t pairs = (panel_count() + PANEL_GROUP - 1) / PANEL_GROUP * row_blocks;
         const size_t step = PANEL_GROUP * least(pairs / (16 * threads) + 1, 4);
@@ -256,7 +258,7 @@ struct Quantized : Activations {
 
 void quantized_linear(const QuantizedLinear* params) {
     Quantized work(*params);
-    work.quantize([](size_t) {});
+    work.quantize([=](size_t row, float*) { return params->x + row * params->in_features; });
     work.multiply_all();
 }
 
