@@ -61,8 +61,8 @@ def test_the_reference_is_the_product_of_what_was_rounded(bits: int) -> None:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rows_with_as_many_outliers_as_fit(bits: int, isa: str) -> None:
-    """Less than one element in 64 can be more than eight times the root mean square; here each has its place."""
-    features, most = 1152, 17
+    """Less than one element in 36 can be more than six times the root mean square; here each has a place of its own."""
+    features, most = 1152, 31
     layer, x = QuantizedLinear(weight_of(bits, features, 40)), torch.randn(200, features) / 1000
     for row in x:
         row[torch.randperm(features)[:most]] = 1.0

@@ -24,7 +24,7 @@ __all__ = ["BLOCK_SIZE", "kv_cache_shapes", "paged_attention", "rotate_and_cache
 
 PANEL_WIDTH = 16
 LARGEST_INPUT = 127
-OUTLIER, BEYOND = 8, 6  # times the row's root mean square
+OUTLIER = 6  # times the row's root mean square
 TINY = 1e-24  # below, a group counts as zero
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,14 +101,13 @@ def panel_rows(stored: Tensor, ids: Tensor) -> Tensor:
 def quantized_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, K] -> integers [T, K / 32, 32], as fp32, and a scale for each group [T, K / 32].
 
-    A group's largest element becomes 127, unless it is beyond 8 times the row's root mean square: then 6 times that
-    does, and what is beyond, an outlier, gets a larger integer. What is not finite makes its whole row NaN.
+    A group's largest element becomes 127, but none counts as more than 6 times the row's root mean square: what is
+    beyond, an outlier, gets a larger integer. What is not finite makes its whole row NaN.
     """
     groups = x.float().view(x.shape[0], -1, GROUP)
     squares = groups.square().sum((1, 2), keepdim=True)
-    mean = torch.where(squares > 1e-30, (squares / x.shape[1]).sqrt(), torch.inf)
-    highest = groups.abs().amax(-1, keepdim=True)
-    top = torch.where(highest < OUTLIER * mean, highest, BEYOND * mean)
+    limit = torch.where(squares > 1e-30, OUTLIER * (squares / x.shape[1]).sqrt(), torch.inf)
+    top = groups.abs().amax(-1, keepdim=True).minimum(limit)
     integers = torch.where(top > TINY, (groups * (LARGEST_INPUT / top)).round(), 0.0)
     scales = torch.where(top > TINY, top / LARGEST_INPUT, 0.0).where(squares.isfinite(), torch.nan)
     return integers.nan_to_num(0.0), scales.squeeze(-1)

@@ -1,12 +1,12 @@
 // Activations of a quantized product: integers of 8 bits with a step per group of 32 along K, and what sticks out of them.
 //
-// An activation is 255 * high + low. The largest of a group makes its step, unless it is beyond eight times the row's root
-// mean square and would drown the others in its rounding: then six times that makes it, and the few beyond that have a high
-// part, and are multiplied once more. (the outliers of LLM.int8(), by element instead of by column)
+// An activation is 255 * high + low. The largest of a group makes its step, but none counts as more than six times the row's
+// root mean square: the few beyond, which would drown the others in their rounding, have a high part, and are multiplied once
+// more. (the outliers of LLM.int8(), by element instead of by column)
 namespace {
 
 constexpr float LARGEST = 127.0f;
-constexpr float OUTLIER = 8.0f, BEYOND = 6.0f;  // times the root mean square; a row of K has less than K / 36 beyond six
+constexpr float OUTLIER = 6.0f;  // times the root mean square: a row of K has less than K / 36 beyond
 constexpr int32_t HIGH = 255;   // a unit of the high parts: the low ones are within 127 of 0
 constexpr float TINY = 1e-24f;  // below, a group counts as zero: its factor would overflow, its products lose bits
 
@@ -78,13 +78,11 @@ struct Activations {
         float *factors = highest + padded, *steps = factors + padded;
         auto* integers = reinterpret_cast<int32_t*>(steps + padded);
         const float total = sum(largest_of_groups(from, groups, highest));
-        const float mean = total > 1e-30f ? __builtin_sqrtf(total / float(a.in_features)) : __builtin_inff();
-        const float bound = OUTLIER * mean;
+        const float bound = total > 1e-30f ? OUTLIER * __builtin_sqrtf(total / float(a.in_features)) : __builtin_inff();
         const bool finite = total < __builtin_inff();
         const f32x16 most = broadcast(LARGEST), unit = broadcast(1.0f / LARGEST);
         for (size_t g = 0; g < padded; g += 16) {
-            const f32x16 of = load(highest + g), below = sub(of, zero_where_below(of, of, bound));
-            const f32x16 top = max(below, zero_where_below(broadcast(BEYOND * mean), of, bound));
+            const f32x16 top = min(load(highest + g), broadcast(bound));
             store(factors + g, finite ? zero_where_below(div(most, top), top, TINY) : broadcast(0.0f));
             store(steps + g, finite ? zero_where_below(mul(top, unit), top, TINY) : broadcast(__builtin_nanf("")));
         }
