@@ -95,8 +95,8 @@ def in_bf16(in_features: int, out_features: int) -> nn.Module:
 
 
 def in_8_bits(in_features: int, out_features: int) -> nn.Module:
-    integers = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8)
-    return QuantizedLinear(Quantized(integers, torch.rand(out_features, in_features // GROUP).half()))
+    scales = torch.rand(out_features, in_features // GROUP).half()
+    return QuantizedLinear(Quantized(integers(out_features, in_features), scales))
 
 
 def in_4_bits(in_features: int, out_features: int) -> nn.Module:
@@ -184,7 +184,8 @@ def benchmark_prefill() -> None:
     config = EngineConfig(enable_prefix_caching=False, num_blocks=2 * PROMPT // BLOCK)
     engine = Engine.from_model(MODEL, config)
     products = [partial(torch._int_mm, integers(PROMPT, k), integers(n, k).T) for k, n in LAYER * LAYERS]
-    prefill_seconds(engine, 0), product_seconds(products)
+    prefill_seconds(engine, 0)
+    product_seconds(products)
     pairs = [(prefill_seconds(engine, number), product_seconds(products)) for number in range(1, 25)]
     per_token = 2 * sum(map(math.prod, LAYER)) * LAYERS
     with_head = 1 + 2 * math.prod(LINEARS["head"]) / per_token

@@ -7,8 +7,8 @@ namespace {
 
 constexpr float LARGEST = 127.0f;
 constexpr float OUTLIER = 6.0f;  // times the root mean square: a row of K has less than K / 36 beyond
-constexpr int32_t HIGH = 255;   // a unit of the high parts: the low ones are within 127 of 0
-constexpr float TINY = 1e-24f;  // below, a group counts as zero: its factor would overflow, its products lose bits
+constexpr int32_t HIGH = 255;    // a unit of the high parts: the low ones are within 127 of 0
+constexpr float TINY = 1e-24f;   // below, a group counts as zero: its factor would overflow, its products lose bits
 
 // Of K at a time: two panels spread out take 24 KiB, in the first cache with the rows' activations.
 constexpr size_t BLOCK_GROUPS = 24;
