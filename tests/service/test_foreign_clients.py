@@ -15,6 +15,7 @@ from anthropic import Anthropic
 from tests.service.running import MODEL, RunningService, wait_until
 
 QUESTION: Any = {"role": "user", "content": "What is the weather in Paris?"}
+LONG: Any = {"role": "user", "content": "Write a long story about a dragon."}
 SCHEMA: Any = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
 CLOSED: Any = {**SCHEMA, "additionalProperties": False}
 WEATHER: Any = {"name": "weather", "description": "Tells the weather.", "input_schema": SCHEMA}
@@ -95,9 +96,7 @@ class TestAnthropic:
     def test_leaving_cancels(self, claude: Anthropic, service: RunningService) -> None:
         cancelled = 'tokenrelay_requests_total{model_name="smollm2-135m-instruct",outcome="cancelled"}'
         before = service.metrics().get(cancelled, 0)
-        with claude.messages.stream(
-            model=MODEL, max_tokens=2000, messages=[QUESTION], extra_body={"stop_sequences": ["\x00"]}
-        ) as stream:
+        with claude.messages.stream(model=MODEL, max_tokens=2000, messages=[LONG], extra_body=GREEDY) as stream:
             next(iter(stream.text_stream))
         wait_until(lambda: service.metrics().get(cancelled, 0) > before, "the request is cancelled")
 

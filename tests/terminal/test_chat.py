@@ -137,7 +137,7 @@ def test_even_an_answer_that_has_not_begun_is_cancelled(service: RunningService)
             return response
 
     before, server = num_cancelled(service), Interrupted(service.url)
-    body = {"messages": [{"role": "user", "content": LONG}]}
+    body = {"messages": [{"role": "user", "content": LONG}], "temperature": 0}
     with (
         pytest.raises(KeyboardInterrupt),
         Answer(server, server.model(), "/v1/chat/completions", body, print) as answer,

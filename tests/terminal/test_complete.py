@@ -16,6 +16,7 @@ from tests.terminal.pseudo_terminal import CTRL_C, PseudoTerminal, environment
 from tests.terminal.test_chat import num_cancelled
 
 PROMPT = "The sun rises in the"
+ENDLESS = ("--max-tokens", "1500", "--temperature", "0")  # where it may be sampled, one text in fifty ends at once
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_without_a_prompt_it_does_not_wait_for_ever() -> None:
 
 def test_ctrl_c_cancels_on_the_server(service: RunningService) -> None:
     before = num_cancelled(service)
-    with PseudoTerminal("complete", PROMPT, "--url", service.url, "--max-tokens", "1500") as terminal:
+    with PseudoTerminal("complete", PROMPT, "--url", service.url, *ENDLESS) as terminal:
         terminal.read_until(" ")
         terminal.type(CTRL_C)
         assert terminal.exit_code() == 130
@@ -79,7 +80,7 @@ def test_ctrl_c_cancels_on_the_server(service: RunningService) -> None:
 
 def test_a_reader_that_has_enough_ends_it(service: RunningService) -> None:
     before = num_cancelled(service)
-    command = [sys.executable, "-m", "tokenrelay", "complete", PROMPT, "--url", service.url, "--max-tokens", "1500"]
+    command = [sys.executable, "-m", "tokenrelay", "complete", PROMPT, "--url", service.url, *ENDLESS]
     read_end, write_end = os.pipe()
     with subprocess.Popen(command, stdout=write_end, stderr=subprocess.PIPE, env=environment()) as process:
         os.close(write_end)
