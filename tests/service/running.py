@@ -24,6 +24,7 @@ from tokenrelay.service.embedded_valkey import url_of_running
 
 MODEL = "smollm2-135m-instruct"
 TWO_SECONDS = 2.0 + 3.0  # the second part is what a machine with other things to do may add
+LONG = "Write a long story about a dragon."  # a question whose greedy answer has hundreds of tokens
 T = TypeVar("T")
 
 
@@ -49,6 +50,15 @@ def free_ports(count: int) -> int:
 
 def free_port() -> int:
     return free_ports(1)
+
+
+def num_cancelled(service: RunningService) -> float:
+    """Requests that ended so since the service started."""
+    return sum(
+        value
+        for name, value in service.metrics().items()
+        if name.startswith("tokenrelay_requests_total{") and 'outcome="cancelled"' in name
+    )
 
 
 class RunningService:

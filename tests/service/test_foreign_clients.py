@@ -12,10 +12,9 @@ import ollama
 import pytest
 from anthropic import Anthropic
 
-from tests.service.running import MODEL, RunningService, wait_until
+from tests.service.running import LONG, MODEL, RunningService, num_cancelled, wait_until
 
 QUESTION: Any = {"role": "user", "content": "What is the weather in Paris?"}
-LONG: Any = {"role": "user", "content": "Write a long story about a dragon."}
 SCHEMA: Any = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
 CLOSED: Any = {**SCHEMA, "additionalProperties": False}
 WEATHER: Any = {"name": "weather", "description": "Tells the weather.", "input_schema": SCHEMA}
@@ -94,11 +93,11 @@ class TestAnthropic:
             claude.messages.create(model="claude", max_tokens=1, messages=[QUESTION])
 
     def test_leaving_cancels(self, claude: Anthropic, service: RunningService) -> None:
-        cancelled = 'tokenrelay_requests_total{model_name="smollm2-135m-instruct",outcome="cancelled"}'
-        before = service.metrics().get(cancelled, 0)
-        with claude.messages.stream(model=MODEL, max_tokens=2000, messages=[LONG], extra_body=GREEDY) as stream:
+        before = num_cancelled(service)
+        story: Any = {"role": "user", "content": LONG}
+        with claude.messages.stream(model=MODEL, max_tokens=2000, messages=[story], extra_body=GREEDY) as stream:
             next(iter(stream.text_stream))
-        wait_until(lambda: service.metrics().get(cancelled, 0) > before, "the request is cancelled")
+        wait_until(lambda: num_cancelled(service) > before, "the request is cancelled")
 
 
 class TestOllama:
@@ -147,4 +146,4 @@ class TestOllama:
         body = {"model": MODEL, "prompt": "Count.", "raw": True, "options": {"num_predict": 2000}}
         with httpx.stream("POST", f"{service.url}/api/generate", json=body, timeout=60) as response:
             next(response.iter_lines())
-        wait_until(lambda: service.metrics().get(cancelled, 0) > before, "the request is cancelled")
+        wait_until(lambda: num_cancelled(service) > before, "the request is cancelled")

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service.running import MODEL, RunningService, wait_until
+from tests.service.running import LONG, MODEL, RunningService, num_cancelled, wait_until
 from tests.terminal.cutting_proxy import CuttingProxy
 from tests.terminal.fake_server import FakeServer, fake_server
 from tests.terminal.pseudo_terminal import CTRL_C, CTRL_D, PseudoTerminal, environment
@@ -20,7 +20,6 @@ from tokenrelay.terminal.server import Server
 
 ANSWER = "Hello there."
 QUESTION = "What is the capital of France?"
-LONG = "Write a long story about a dragon."
 
 
 @pytest.fixture
@@ -169,11 +168,3 @@ def test_a_terminal_that_closes_cancels(service: RunningService) -> None:
         terminal.process.terminate()
         assert terminal.exit_code() == 128 + 15
     wait_until(lambda: num_cancelled(service) == before + 1, "cancelled on the server")
-
-
-def num_cancelled(service: RunningService) -> float:
-    return sum(
-        value
-        for name, value in service.metrics().items()
-        if name.startswith("tokenrelay_requests_total{") and 'outcome="cancelled"' in name
-    )

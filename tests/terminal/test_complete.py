@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.service.running import MODEL, RunningService, wait_until
+from tests.service.running import MODEL, RunningService, num_cancelled, wait_until
 from tests.terminal.fake_server import FakeServer, fake_server
 from tests.terminal.pseudo_terminal import CTRL_C, PseudoTerminal, environment
-from tests.terminal.test_chat import num_cancelled
 
 PROMPT = "The sun rises in the"
 ENDLESS = ("--max-tokens", "1500", "--temperature", "0")  # where it may be sampled, one text in fifty ends at once
